@@ -1,0 +1,1 @@
+"""Files, inodes and operations: what stands between a descriptor and the object behind it."""

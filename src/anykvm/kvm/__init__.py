@@ -1,0 +1,1 @@
+"""Linux's virt/kvm: descriptors, lifetimes, memory slots, eventfds, routing."""

@@ -1,0 +1,1 @@
+"""The ABI of linux/kvm.h, generated from the kernel's headers."""

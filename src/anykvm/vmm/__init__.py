@@ -1,0 +1,1 @@
+"""The policy half: boot protocols, machine, devices, console, monitor, images."""

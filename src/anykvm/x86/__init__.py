@@ -1,0 +1,1 @@
+"""Linux's arch/x86/kvm: vCPU state, interrupt controllers, and the loop that drives the processor."""
