@@ -1,0 +1,120 @@
+"""The `anykvm` command: the table of commands, and how every one of them ends."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from anykvm import __version__
+from anykvm.cli.boot import boot
+from anykvm.cli.errors import CommandError, Refusal, Status, epilog
+from anykvm.cli.ps import ps
+from anykvm.cli.trace import trace
+
+P = ParamSpec("P")
+R = TypeVar("R")
+SHOW_TRACEBACK = "ANYKVM_DEBUG"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row: its name, the function whose parameters are its options, how it parses."""
+
+    name: str
+    function: Callable[..., Any]
+    epilog: str = ""
+    context: dict[str, Any] = field(default_factory=dict)
+
+
+COMMANDS = (
+    Command("boot", boot, epilog()),
+    Command("ps", ps),
+    Command("trace", trace, context={"allow_interspersed_args": False}),
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"anykvm {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """KVM in Python: a VMM, and the /dev/kvm that it runs on."""
+
+
+def app() -> typer.Typer:
+    """The parser, built from the table."""
+    parser = typer.Typer(
+        name="anykvm",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    parser.callback()(_options)
+    for row in COMMANDS:
+        parser.command(row.name, epilog=row.epilog or None, context_settings=row.context)(
+            _interruptible(row.function)
+        )
+    return parser
+
+
+def _interruptible(function: Callable[P, R]) -> Callable[P, R]:
+    """Ctrl-C as an error of the command's; typer would end without a word."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise CommandError("interrupted", Status.INTERRUPTED) from None
+
+    return call
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit status. Errors are one line on standard error."""
+    try:
+        status = app()(list(arguments) or ["--help"], prog_name="anykvm", standalone_mode=False)
+        status = status if arguments else Status.USAGE
+    except CommandError as error:
+        return _fail(str(error), error.status)
+    except BrokenPipeError:
+        # Who read our output has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail("nobody reads the output", Status.INTERNAL_ERROR)
+    except Exception as error:
+        return _unexpected(error)
+    return int(status or 0)
+
+
+def _unexpected(error: Exception) -> int:
+    if isinstance(error, Refusal):
+        return _fail(f"{error.format_message().rstrip('.')}. See anykvm --help.", error.exit_code)
+    if os.environ.get(SHOW_TRACEBACK):
+        raise error
+    kind = type(error).__name__
+    return _fail(
+        f"internal error: {kind}: {error} ({SHOW_TRACEBACK}=1 shows where)", Status.INTERNAL_ERROR
+    )
+
+
+def _fail(message: str, status: int) -> int:
+    print("anykvm:", " ".join(message.split()), file=sys.stderr)
+    return int(status)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))

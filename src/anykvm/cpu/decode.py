@@ -1,0 +1,339 @@
+"""From bytes to forms: which handler an instruction needs, and what goes into its record.
+
+iced-x86 decodes; this maps its view of an instruction to `forms.Form` and the record's fields. Results are cached by the bytes of
+the instruction, since all but branches and RIP-relative operands mean the same wherever they stand.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+import iced_x86
+from iced_x86 import Code, Decoder, Instruction, MemorySizeExt, Mnemonic, OpKind, Register
+
+from anykvm.cpu.forms import ROWS, Form
+from anykvm.cpu.state import ZERO, Mode, Seg, offset_of
+
+
+def _names(module: object) -> dict[int, str]:
+    return {v: k for k, v in vars(module).items() if isinstance(v, int) and k.isupper()}
+
+
+MNEMONICS = {v: k.lower() for v, k in _names(Mnemonic).items()}
+CODES = _names(Code)
+REGISTERS = _names(Register)
+GPRS = "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
+
+
+def _register_table() -> dict[int, tuple[str, int]]:
+    """Register → (operand kind, offset in State, or index of a segment register)."""
+    table: dict[int, tuple[str, int]] = {}
+    low = "AL CL DL BL SPL BPL SIL DIL".split() + [f"R{n}L" for n in range(8, 16)]
+    word = "AX CX DX BX SP BP SI DI".split() + [f"R{n}W" for n in range(8, 16)]
+    half = ["E" + n for n in word[:8]] + [f"R{n}D" for n in range(8, 16)]
+    for kind, names in (("r8", low), ("r16", word), ("r32", half), ("r64", GPRS)):
+        for n, name in enumerate(names):
+            table[getattr(Register, name)] = kind, 8 * n
+    for n, name in enumerate("AH CH DH BH".split()):
+        table[getattr(Register, name)] = "r8", 8 * n + 1
+    for n in range(16):
+        table[getattr(Register, f"XMM{n}")] = "x", offset_of(f"xmm[{n}]")
+    for n in range(8):
+        table[getattr(Register, f"MM{n}")] = "d", offset_of(f"st[{n}]")
+        table[getattr(Register, f"ST{n}")] = "st", n
+    for seg in list(Seg)[:6]:
+        table[getattr(Register, seg.name)] = "s", int(seg)
+    for n in (0, 2, 3, 4):
+        table[getattr(Register, f"CR{n}")] = "cr", offset_of(f"cr{n}")
+    return table
+
+
+TABLE = _register_table()
+NUMBER = {r: o // 8 for r, (k, o) in TABLE.items() if k in ("r16", "r32", "r64")}
+WIDTH = {r: int(k[1:]) for r, (k, _) in TABLE.items() if k in ("r16", "r32", "r64")}
+SEGMENT = {getattr(Register, s.name): int(s) for s in list(Seg)[:6]}
+
+BRANCHES = (OpKind.NEAR_BRANCH16, OpKind.NEAR_BRANCH32, OpKind.NEAR_BRANCH64)
+STRING_SOURCES = (OpKind.MEMORY_SEG_SI, OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_SEG_RSI)
+STRING_TARGETS = (OpKind.MEMORY_ESDI, OpKind.MEMORY_ESEDI, OpKind.MEMORY_ESRDI)
+STRING_16 = (OpKind.MEMORY_SEG_SI, OpKind.MEMORY_ESDI)
+STRING_32 = (OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_ESEDI)
+IMMEDIATES = tuple(v for v, n in _names(OpKind).items() if n.startswith("IMMEDIATE"))
+
+# Instructions whose operand size shows in the name of iced's code alone
+SIZED = re.compile(r"(RETN|LEAVE|ENTER|IRET|PUSHA|POPA|PUSHF|POPF|SYSRET|SYSEXIT)([WDQ])")
+SIZED_BY_OPERAND = re.compile(r"(?:CALL|JMP)_(?:REL|RM)\w*?(16|32|64)$")
+STACK_ROWS = frozenset("push pop pushf popf leave enter pusha popa call ret".split())
+ADDRESS_ROWS = frozenset("loop loope loopne xlatb".split())
+LEGACY_ROWS = frozenset("syscall sysret iret mov_to_cr3 mov_to_seg".split())
+SHIFTS = frozenset("shl shr sar sal rol ror rcl rcr".split())
+RENAMED = {"retf": "far_ret", "wait": "fwait"}
+LETTER_BITS = {"W": 16, "D": 32, "Q": 64}
+
+REG_FIELDS = struct.Struct("<HHBBBBii")  # a, b, base, index, scale, seg, disp, imm
+THREE_FIELDS = struct.Struct("<HHHBBii")  # a, b, c, scale, seg, disp, imm
+
+
+class Decoded(NamedTuple):
+    """What one instruction becomes."""
+
+    form: Form
+    fields: bytes  # 16 bytes: record offsets 8 to 23
+    aux: int
+    length: int
+    target: int | None  # of a direct branch
+    ends: bool
+    falls_through: bool  # a branch that may also go on
+    counted: bool  # its handler counts instructions: the count belongs into field B
+    shadow: bool  # interrupts stay off for one more instruction
+
+
+class Operands:
+    """Collects the record's fields while the operands are looked at."""
+
+    def __init__(self) -> None:
+        self.registers: list[int] = []
+        self.base = self.index = ZERO
+        self.scale = self.seg = self.disp = self.imm = self.aux = 0
+        self.specs: list[str] = []
+        self.memory = False
+
+    def fields(self) -> bytes:
+        a, b, c = (*self.registers, 0, 0, 0)[:3]
+        if len(self.registers) > 2 and not self.memory:
+            return THREE_FIELDS.pack(a, b, c, self.scale, self.seg, self.disp, self.imm)
+        return REG_FIELDS.pack(
+            a, b, self.base, self.index, self.scale, self.seg, self.disp, self.imm
+        )
+
+
+def signed32(value: int) -> int:
+    value &= 0xFFFF_FFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
+def _fits32(value: int) -> bool:
+    value &= 2**64 - 1
+    return value < 1 << 31 or value >= 2**64 - (1 << 31)
+
+
+def _memory(i: Instruction, o: Operands, code64: bool, bits: int) -> None:
+    o.memory = True
+    shape = ""
+    base, index = i.memory_base, i.memory_index
+    wide = WIDTH.get(base) or WIDTH.get(index) or 8 * i.memory_displ_size
+    o.disp = signed32(i.memory_displacement)
+    if i.is_ip_rel_memory_operand:
+        address = i.ip_rel_memory_address
+        wide = 32 if base == Register.EIP else 64
+        if _fits32(address) and wide == 64:
+            o.disp = signed32(address)
+        else:
+            shape, o.aux, o.disp = "a", address, 0
+    else:
+        o.base = NUMBER.get(base, ZERO)
+        if index in NUMBER:
+            shape = "i"
+            o.index = NUMBER[index]
+            o.scale = i.memory_index_scale.bit_length() - 1
+        elif base == Register.NONE and not _fits32(i.memory_displacement):
+            shape, o.aux, o.disp = "a", i.memory_displacement, 0
+    o.seg = SEGMENT.get(i.memory_segment, 0)
+    if not code64:
+        shape += "h" if wide == 16 else "l"
+    else:
+        if i.memory_segment in (Register.FS, Register.GS):
+            shape += "s"
+        if wide == 32 and (base != Register.NONE or index != Register.NONE):
+            shape += "w"
+    o.specs.append(f"m{bits}{shape}")
+
+
+def _operand(i: Instruction, n: int, o: Operands, code64: bool, name: str) -> None:
+    kind = i.op_kind(n)
+    if kind == OpKind.REGISTER:
+        spec, offset = TABLE[i.op_register(n)]
+        o.registers.append(offset)
+        o.specs.append(spec)
+    elif kind == OpKind.MEMORY:
+        bits = 8 * MemorySizeExt.size(i.memory_size)
+        _memory(i, o, code64, bits)
+    elif kind in IMMEDIATES:
+        value = i.immediate(n)
+        if kind == OpKind.IMMEDIATE64 and not _fits32(value):
+            o.aux = value
+            o.specs.append("j")
+        elif n == 1 and name in SHIFTS and value == 1:
+            o.specs.append("k")
+        else:
+            o.imm = signed32(value)
+            o.specs.append("i")
+    elif kind not in BRANCHES:
+        raise KeyError(kind)
+
+
+def _string(i: Instruction, name: str, code64: bool) -> tuple[str, Operands, list[str]] | None:
+    kinds = [i.op_kind(n) for n in range(i.op_count)]
+    if not any(k in STRING_SOURCES + STRING_TARGETS for k in kinds):
+        return None
+    o = Operands()
+    bits = 8 * MemorySizeExt.size(i.memory_size)
+    attrs = [f"o{bits}"]
+    if any(k in STRING_16 for k in kinds):
+        attrs.append("a16")
+    elif any(k in STRING_32 for k in kinds):
+        attrs.append("a32")
+    if i.has_repne_prefix:
+        attrs.append("repne")
+    elif i.has_rep_prefix:
+        attrs.append("rep")
+    o.seg = SEGMENT.get(i.memory_segment, int(Seg.DS))
+    if not code64:
+        attrs.append("legacy")
+    elif any(k in STRING_SOURCES for k in kinds) and o.seg in (Seg.FS, Seg.GS):
+        attrs.append("seg")
+    return name[:4], o, attrs
+
+
+def _sizes(i: Instruction, name: str, mode: Mode) -> list[str]:
+    """Operand, stack and address size, where no operand tells them."""
+    attrs = []
+    code64 = bool(mode & Mode.CODE64)
+    code = CODES[i.code]
+    if name in ("push", "pop"):
+        size = 8 * abs(i.stack_pointer_increment)
+    elif m := SIZED.match(code):
+        size = LETTER_BITS[m[2]]
+    elif m := SIZED_BY_OPERAND.match(code):
+        size = int(m[1])
+    else:
+        size = 64
+    if size != 64 or name in ("iret", "sysret"):
+        attrs.append(f"o{size}")
+    if name in STACK_ROWS and not code64:
+        attrs.append("s32" if mode & Mode.STACK32 else "s16")
+    if name in ADDRESS_ROWS and (bits := _loop_bits(i, code)) != 64:
+        attrs.append(f"a{bits}")
+    if name in LEGACY_ROWS and not code64:
+        attrs.append("legacy")
+    return attrs
+
+
+def _loop_bits(i: Instruction, code: str) -> int:
+    """Address size of LOOP and XLAT."""
+    if i.mnemonic == Mnemonic.XLATB:
+        return WIDTH[i.memory_base]
+    return {"_RCX": 64, "ECX": 32}.get(code[-4:], {"ECX": 32}.get(code[-3:], 16))
+
+
+# mov with a control or segment register is an instruction of its own here
+def _mov_kind(i: Instruction, name: str) -> str:
+    if name != "mov":
+        return name
+    kinds = [
+        TABLE.get(i.op_register(n), ("?", 0))[0] if i.op_kind(n) == OpKind.REGISTER else "m"
+        for n in range(2)
+    ]
+    if kinds[0] == "cr":
+        return "mov_to_cr3" if i.op_register(0) == Register.CR3 else "mov_to_cr"
+    if kinds[0] == "s":
+        return "mov_to_seg"
+    if kinds[1] == "cr":
+        return "mov_from_cr"
+    if kinds[1] == "s":
+        return "mov_from_seg"
+    return "mov_other" if "?" in kinds else name
+
+
+ASSIST = Form("assist")
+COUNTED = frozenset("jmp call ret iret syscall sysret popf mov_to_cr3 invlpg into".split())
+
+
+class FormDecoder:
+    """Decodes for one mode (code size and what instructions are enabled)."""
+
+    def __init__(self, mode: Mode, special: Callable[[str, Mode], str | None]) -> None:
+        self.mode = mode
+        self.code64 = bool(mode & Mode.CODE64)
+        self.bits = 64 if self.code64 else 32 if mode & Mode.CODE32 else 16
+        self._special = special
+        self._cache: dict[bytes, Decoded] = {}
+
+    def decode(self, data: bytes, rip: int) -> Decoded | None:
+        """The first instruction of `data`, or None if it is longer than that."""
+        decoder = Decoder(self.bits, data, ip=rip)
+        i = decoder.decode()
+        if i.is_invalid:
+            if decoder.last_error == iced_x86.DecoderError.NO_MORE_BYTES and len(data) < 15:
+                return None
+            return Decoded(Form("ud2"), bytes(16), 0, max(i.len, 1), None, True, False, False, False)
+        raw = data[: i.len]
+        known = self._cache.get(raw)
+        if known is not None:
+            return known
+        decoded = self.describe(i)
+        if decoded.target is None and not i.is_ip_rel_memory_operand:
+            self._cache[raw] = decoded
+        return decoded
+
+    def describe(self, i: Instruction) -> Decoded:
+        name = MNEMONICS[i.mnemonic]
+        name = _mov_kind(i, RENAMED.get(name, name))
+        shadow = name == "sti" or (name in ("mov_to_seg", "pop") and i.op_register(0) == Register.SS)
+        made = self._form(i, name)
+        if made is None:
+            return Decoded(ASSIST, bytes(16), 0, i.len, None, True, False, False, shadow)
+        form, o = made
+        target = i.near_branch_target if i.op_count and i.op_kind(0) in BRANCHES else None
+        if target is not None and self.bits != 64:
+            target &= 0xFFFF_FFFF if "o16" not in form.attrs and self.bits == 32 else 0xFFFF
+        row = ROWS[form.name]
+        conditional = target is not None and form.name not in ("jmp", "call")
+        if target is not None and target <= i.ip:
+            form = form._replace(attrs=(*form.attrs, "back"))
+        counted = conditional or form.name in COUNTED
+        return Decoded(
+            form, o.fields(), o.aux, i.len, target, row.ends, conditional, counted, shadow
+        )
+
+    def _form(self, i: Instruction, name: str) -> tuple[Form, Operands] | None:
+        """Form and fields, or None where the instruction has no handler."""
+        changed = self._special(name, self.mode)
+        if changed:
+            return Form(changed), Operands()
+        string = _string(i, name, self.code64)
+        if string:
+            name, o, attrs = string
+            return (Form(name, (), tuple(attrs)), o) if name in ROWS else None
+        if name in ("push", "pop") and i.op_kind(0) == OpKind.REGISTER and name == "pop":
+            if TABLE[i.op_register(0)][0] == "s":
+                return None
+        if name not in ROWS:
+            return None
+        o = Operands()
+        attrs = _sizes(i, name, self.mode)
+        if name == "enter":
+            o.imm, o.aux = signed32(i.immediate(0)), i.immediate(1)
+        else:
+            try:
+                for n in range(i.op_count):
+                    _operand(i, n, o, self.code64, name)
+            except KeyError:
+                return None
+        if name == "mov_from_cr":
+            o.specs.pop()
+        if name == "mov_to_cr3":
+            o.specs.pop(0)
+            o.registers.pop(0)
+        if name == "mov_to_seg" and i.op_register(0) == Register.SS:
+            attrs.append("ss")
+        if i.has_lock_prefix:
+            if not ROWS[name].lockable and name != "xchg" or not o.memory:
+                return Form("ud2"), Operands()
+            attrs.append("lock")
+        if name in ("xlatb", "in", "out"):
+            o.specs = [s for s in o.specs if s]
+        return Form(name, tuple(o.specs), tuple(attrs)), o

@@ -1,0 +1,238 @@
+"""The engine: what the vCPUs of one VM share. Guest memory, translations, and the gate that stops them all.
+
+This is the room's face to the room that drives it (x86): `Engine`, `Cpu`, `Exit`, `State`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from anykvm.cpu import dispatch, mmu
+from anykvm.cpu.forms import Form
+from anykvm.cpu.guest import ENTRIES
+from anykvm.cpu.ir import Function
+from anykvm.cpu.jit import callable_at, process_jit
+from anykvm.cpu.memory import PAGE, PhysicalMap
+from anykvm.cpu.processor import Cpu
+from anykvm.cpu.state import Exit, Mode, Seg, State
+from anykvm.cpu.translate import MAX_BLOCKS, CodeFull, CodePage, Translator
+
+__all__ = ["Cpu", "Engine", "Exit", "State"]
+
+PTR, U64 = ctypes.c_void_p, ctypes.c_uint64
+SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "run": (None, (PTR,)),
+    "deliver": (ctypes.c_bool, (PTR, U64, ctypes.c_bool)),
+    "fetch_page": (U64, (PTR, U64, U64)),
+    "probe_read": (U64, (PTR, U64, U64, U64, U64, U64)),
+    "probe_write": (U64, (PTR, U64, U64, U64, U64, U64)),
+    "commit": (ctypes.c_bool, (PTR, U64, U64, U64, U64, U64)),
+    "flush_tlb": (None, (PTR,)),
+    "flush_page": (None, (PTR, U64)),
+    "protect_page": (None, (PTR, U64)),
+}
+
+
+class Runtime:
+    """The native routines: addresses for handlers, callables for Python."""
+
+    def __init__(self) -> None:
+        routines = mmu.ROUTINES + dispatch.ROUTINES
+        names = [r.__name__ for r in routines]
+
+        def make(_: list[str]) -> list[Function]:
+            return [r() for r in routines]
+
+        self.address = dict(zip(names, process_jit().addresses(names, make), strict=True))
+        self.call: dict[str, Callable[..., int]] = {
+            name: callable_at(self.address[name], result, *params)
+            for name, (result, params) in SIGNATURES.items()
+        }
+
+    def attach(self, state: State) -> None:
+        for n, name in enumerate(ENTRIES):
+            state.fn[n] = self.address[name]
+
+
+class Gate:
+    """Lets vCPUs into native code, or keeps all of them out."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._inside = 0
+        self.closed = 0
+
+    def enter(self) -> None:
+        with self._change:
+            while self.closed:
+                self._change.wait()
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._change:
+            self._inside -= 1
+            if self.closed:
+                self._change.notify_all()
+
+    @contextmanager
+    def shut(self, kick: Callable[[], None]) -> Iterator[None]:
+        """No vCPU is in native code inside this context; `kick` makes those that are leave."""
+        with self._change:
+            self.closed += 1
+            kick()
+            while self._inside:
+                self._change.wait()
+        try:
+            yield
+        finally:
+            with self._change:
+                self.closed -= 1
+                self._change.notify_all()
+
+
+class Engine:
+    """Guest memory and translations of one VM. Methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.runtime = Runtime()
+        self.translator = Translator(process_jit())
+        self.memory = PhysicalMap()
+        self.gate = Gate()
+        self.cpus: list[Cpu] = []
+
+    def create_cpu(self, index: int) -> Cpu:
+        cpu = Cpu(self, index)
+        state = cpu.state
+        self.runtime.attach(state)
+        state.physmap, state.physmap_top = self.memory.address, mmu_top()
+        t = self.translator
+        state.blocks, state.blocks_mask = t.table, MAX_BLOCKS - 1
+        state.records, state.records_rip = t.records, t.rips
+        cpu.flush_tlb()
+        with t.lock:
+            self.cpus.append(cpu)
+        return cpu
+
+    def _kick_all(self) -> None:
+        for cpu in self.cpus:
+            cpu.state.exit_request = 1
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Every vCPU is out of native code; afterwards no translation of an address is remembered."""
+        with self.gate.shut(self._kick_all):
+            yield
+            for cpu in self.cpus:
+                cpu.flush_tlb()
+
+    def map_memory(
+        self, gpa: int, size: int, hva: int, readonly: bool = False, log_dirty: bool = False
+    ) -> None:
+        """Puts `size` bytes of host memory at `hva` to guest-physical `gpa` (page aligned)."""
+        with self.stopped(), self.translator.lock:
+            self._forget_code(hva, size)
+            self.memory.map(gpa, size, hva, readonly=readonly, log_dirty=log_dirty)
+            self._restore_code(hva, size)
+
+    def unmap_memory(self, gpa: int, size: int) -> None:
+        with self.stopped(), self.translator.lock:
+            for slot in list(self.memory.slots.values()):
+                if gpa <= slot.gpa < gpa + size:
+                    self._forget_code(slot.hva, slot.size)
+            self.memory.unmap(gpa, size)
+
+    def _forget_code(self, hva: int, size: int) -> None:
+        for host in [h for h in self.translator.pages if hva <= h < hva + size]:
+            self.translator.drop(host, 0, PAGE)
+
+    def _restore_code(self, hva: int, size: int) -> None:
+        for host, page in self.translator.pages.items():
+            if hva <= host < hva + size:
+                self.memory.set_code(host, ctypes.addressof(page.bitmap))
+
+    def take_dirty(self, gpa: int) -> bytes:
+        """Pages of the slot at `gpa` that were written since the last call, a bit a page."""
+        return self.memory.take_dirty(gpa)
+
+    # Translations
+    def translate(self, cpu: Cpu, rip: int, mode: int) -> int | None:
+        """The record for `rip`, translated if need be; None where fetching faults (noted in the state)."""
+        base = 0 if mode & Mode.CODE64 else cpu.state.seg[Seg.CS].base
+        host = cpu.fetch_page(rip + base)
+        if host is None:
+            return None
+        with self.translator.lock:
+            self._mark(host)
+            try:
+                return self.translator.translate(
+                    rip, mode, base, host, lambda: self._second(cpu, rip + base)
+                )
+            except CodeFull:
+                pass
+        self.forget_all()
+        return self.translate(cpu, rip, mode)
+
+    def _second(self, cpu: Cpu, rip: int) -> int | None:
+        host = cpu.fetch_page((rip | (PAGE - 1)) + 1)
+        if host is not None:
+            self._mark(host)
+        return host
+
+    def _mark(self, host: int) -> None:
+        """From now on stores to this page are watched. Before its bytes are read."""
+        if host in self.translator.pages:
+            return
+        page = self.translator.pages[host] = CodePage()
+        self.memory.set_code(host, ctypes.addressof(page.bitmap))
+        for cpu in self.cpus:
+            self.runtime.call["protect_page"](cpu.address, host)
+
+    def code_written(self, gpa: int, size: int) -> None:
+        """Drops the translations of bytes that are about to change, or have."""
+        with self.translator.lock:
+            while size > 0:
+                host = self.memory.host(gpa)
+                length = min(size, PAGE - gpa % PAGE)
+                if host is not None:
+                    start = host % PAGE
+                    self.translator.drop(host - start, start, start + length)
+                gpa, size = gpa + length, size - length
+
+    def forget_all(self) -> None:
+        """Drops every translation."""
+        with self.stopped(), self.translator.lock:
+            for host in self.translator.pages:
+                self.memory.set_code(host, 0)
+            self.translator.reset()
+
+    def link(self, record: int, target: int) -> None:
+        with self.translator.lock:
+            self.translator.set_aux(record, target)
+
+    def handler(self, form: Form) -> int:
+        return self.translator.handler(form)
+
+    def statistics(self) -> dict[str, float]:
+        """Counters of translation: units, instructions, handlers, seconds."""
+        t, jit = self.translator, process_jit()
+        return {
+            "units_translated": t.units,
+            "instructions_translated": t.insns,
+            "handlers_compiled": jit.compiled,
+            "handlers_loaded": jit.loaded,
+            "seconds_translating": t.seconds,
+            "seconds_compiling": jit.seconds,
+        }
+
+    def close(self) -> None:
+        """Nothing runs any more; what the tables hold goes with the last reference."""
+        with self.stopped():
+            self.cpus.clear()
+
+
+def mmu_top() -> int:
+    """How many GiB the physical map covers."""
+    return 1 << (mmu.PHYSICAL_BITS - 30)

@@ -1,0 +1,197 @@
+"""String instructions (SDM vol. 1, 7.3.9). Under REP each turn is complete by itself: a fault or a kick in the middle leaves the
+registers such that the instruction goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from anykvm.cpu.forms import Insn, row
+from anykvm.cpu.guest import R_SEG, TLB_READ, TLB_WRITE
+from anykvm.cpu.insn.integer import RAX, RCX, RDI, RSI, read_gpr, write_gpr
+from anykvm.cpu.ir import LoopScope, Value
+from anykvm.cpu.state import Exit, Seg
+
+POLL_EVERY = 1024  # turns
+
+
+class Strings:
+    """The pieces of one string instruction: `i.bits` wide elements, pointers as wide as addresses are."""
+
+    def __init__(self, i: Insn) -> None:
+        self.i, self.h = i, i.h
+        self.n = int(next(a[1:] for a in i.form.attrs if a[0] == "o"))
+        self.size = self.n // 8
+        self.address_bits = i.address_size
+        self.segmented = "seg" in i.attrs
+        self.legacy = "legacy" in i.attrs
+
+    def pointer(self, number: int) -> Value:
+        return read_gpr(self.i, number, self.address_bits).zext(64)
+
+    def source(self) -> Value:
+        ea, h = self.pointer(RSI), self.h
+        seg = h.record(R_SEG, "i8").zext(64)
+        if self.legacy:
+            return h.linear(seg, ea, self.size, write=False)
+        return h.segment(seg, "base") + ea if self.segmented else ea
+
+    def destination(self, *, write: bool) -> Value:
+        ea = self.pointer(RDI)
+        return self.h.linear(int(Seg.ES), ea, self.size, write=write) if self.legacy else ea
+
+    def step(self, *numbers: int) -> None:
+        backward = (self.h.get("flags") & 1 << 10).ne(0)
+        by = backward.select(self.h.const(-self.size, 64), self.h.const(self.size, 64))
+        for number in numbers:
+            moved = read_gpr(self.i, number, self.address_bits) + by.trunc(self.address_bits)
+            write_gpr(self.i, number, moved)
+
+    def count_down(self) -> Value:
+        left = read_gpr(self.i, RCX, self.address_bits) - 1
+        write_gpr(self.i, RCX, left)
+        return left
+
+
+def repeat(
+    i: Insn,
+    body: Callable[[Strings], None],
+    *,
+    compare: bool = False,
+    bulk: Callable[[Strings, LoopScope], None] | None = None,
+) -> None:
+    """Runs `body` once, or under REP until the count is 0 (or, comparing, ZF says stop)."""
+    s = Strings(i)
+    h = i.h
+    rep = i.attrs & {"rep", "repne"}
+    if not rep:
+        body(s)
+        return
+    turns = h.var(h.const(POLL_EVERY, 64))
+    with h.Loop() as loop:
+        loop.break_if(read_gpr(i, RCX, s.address_bits).eq(0))
+        if bulk:
+            bulk(s, loop)
+        body(s)
+        s.count_down()
+        h.set("replay_count", 0)
+        if compare:
+            zf = h.flags.zf()
+            loop.break_if(zf if "repne" in rep else zf ^ 1)
+        turns.set(turns.get() - 1)
+        with h.If(turns.get().eq(0)):
+            _leave_if_asked(i)
+            turns.set(POLL_EVERY)
+
+
+def _leave_if_asked(i: Insn) -> None:
+    request = i.h.field("exit_request").load("i32", volatile=True, align=4)
+    with i.h.If(request.ne(0)):
+        i.h.leave(Exit.REQUEST)
+
+
+def _bulk_length(s: Strings, addresses: list[Value]) -> Value:
+    """Elements that lie forward within the pages of `addresses`, at most RCX."""
+    h = s.h
+    length = h.var(read_gpr(s.i, RCX, s.address_bits).zext(64))
+    for address in addresses:
+        room = (h.const(4096, 64) - (address & 4095)) >> (s.size.bit_length() - 1)
+        with h.If(room.ult(length.get())):
+            length.set(room)
+    return length.get()
+
+
+def _advance(s: Strings, elements: Value, *numbers: int) -> None:
+    bits = s.address_bits
+    for number in numbers:
+        write_gpr(
+            s.i, number, read_gpr(s.i, number, bits) + (elements * s.size).trunc(bits)
+        )
+    write_gpr(s.i, RCX, read_gpr(s.i, RCX, bits) - elements.trunc(bits))
+
+
+def _forward(s: Strings) -> Value:
+    return (s.h.get("flags") & 1 << 10).eq(0)
+
+
+def _move_bulk(s: Strings, loop: LoopScope) -> None:
+    """As much as both pages hold at once, where both are in the TLB and the copy does not feed on itself."""
+    h = s.h
+    with h.If(_forward(s)):
+        source, target = s.source(), s.destination(write=True)
+        length = _bulk_length(s, [source, target])
+        nbytes = length * s.size
+        from_, to = h.cached(source, TLB_READ), h.cached(target, TLB_WRITE)
+        apart = (to - from_).uge(nbytes)
+        with h.If(length.ugt(1) & from_.ne(0) & to.ne(0) & apart):
+            h.intrinsic(
+                "llvm.memmove.p0.p0.i64", "void", to.to_ptr(), from_.to_ptr(), nbytes, h.true()
+            )
+            _advance(s, length, RSI, RDI)
+            loop.continue_()
+
+
+def _store_bulk(s: Strings, loop: LoopScope) -> None:
+    h = s.h
+    with h.If(_forward(s)):
+        target = s.destination(write=True)
+        length = _bulk_length(s, [target])
+        to = h.cached(target, TLB_WRITE)
+        with h.If(length.ugt(1) & to.ne(0)):
+            value = read_gpr(s.i, RAX, s.n)
+            at = h.var(to)
+            end = to + length * s.size
+            with h.Loop() as inner:
+                at.get().to_ptr().store(value)
+                at.set(at.get() + s.size)
+                inner.break_if(at.get().eq(end))
+            _advance(s, length, RDI)
+            loop.continue_()
+
+
+@row("movs", writes=())
+def movs(i: Insn) -> None:
+    def body(s: Strings) -> None:
+        value = s.h.load(s.source(), s.n)
+        s.h.store(s.destination(write=True), value)
+        s.step(RSI, RDI)
+
+    repeat(i, body, bulk=_move_bulk)
+
+
+@row("stos", writes=())
+def stos(i: Insn) -> None:
+    def body(s: Strings) -> None:
+        s.h.store(s.destination(write=True), read_gpr(i, RAX, s.n))
+        s.step(RDI)
+
+    repeat(i, body, bulk=_store_bulk)
+
+
+@row("lods", writes=())
+def lods(i: Insn) -> None:
+    def body(s: Strings) -> None:
+        write_gpr(i, RAX, s.h.load(s.source(), s.n))
+        s.step(RSI)
+
+    repeat(i, body)
+
+
+@row("scas", writes=())
+def scas(i: Insn) -> None:
+    def body(s: Strings) -> None:
+        a, b = read_gpr(i, RAX, s.n), s.h.load(s.destination(write=False), s.n)
+        s.step(RDI)
+        s.h.flags.sub(a, b, a - b)
+
+    repeat(i, body, compare=True)
+
+
+@row("cmps", writes=())
+def cmps(i: Insn) -> None:
+    def body(s: Strings) -> None:
+        a = s.h.load(s.source(), s.n)
+        b = s.h.load(s.destination(write=False), s.n)
+        s.step(RSI, RDI)
+        s.h.flags.sub(a, b, a - b)
+
+    repeat(i, body, compare=True)

@@ -1,0 +1,544 @@
+"""Native memory management: page walk, soft-TLB, and the accesses that the inline TLB check does not cover.
+
+Paging after SDM vol. 3, chapter 4: none, 32-bit, PAE and 4-level, with accessed and dirty bits, large pages, NX, SMEP and the
+reserved bits. The guest-physical map is two levels of tables: one pointer per GiB to an array of page entries of 32 bytes,
+
+    host address of the page | flags;  bitmap of translated bytes;  byte of the dirty bitmap;  its bit mask
+
+where an absent entry is MMIO. A TLB entry holds a tag for reads, one for writes and one for fetches, and what to add to a linear
+address to get the host's. A tag that must not match is that of a page which never looks into this entry.
+
+An access that is more than a host load or store goes through `State.bounce`: it crosses a page, or it is MMIO. MMIO is done by
+Python, so the instruction is abandoned, the access made, and the instruction executed again; `State.replay` remembers the accesses
+that are done, so each reaches the device once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from anykvm.cpu.guest import PF, TLB_ADDEND, TLB_EXEC, TLB_READ, TLB_WRITE, Routine
+from anykvm.cpu.ir import PTR, Value
+from anykvm.cpu.state import REPLAY, TLB_ENTRIES, TLB_ENTRY, Exit, Flag, Replay, offset_of
+
+PHYSICAL_BITS = 46
+ADDRESS_MASK = ((1 << PHYSICAL_BITS) - 1) & ~0xFFF
+RESERVED_HIGH = ((1 << 52) - 1) & ~((1 << PHYSICAL_BITS) - 1)
+
+# Error code of a page fault, and what an access asks for
+P, W, U, RSVD, I = 1, 2, 4, 8, 16  # noqa: E741
+# A page table entry
+PTE_P, PTE_W, PTE_U, PTE_A, PTE_D, PTE_PS = 1, 2, 4, 0x20, 0x40, 0x80
+# A page entry of the physical map
+PAGE_ENTRY = 32
+RAM, READONLY, CODE, LOG = 1, 2, 4, 8
+# What `walk` returns besides the page's address
+OK, OK_WRITE, OK_EXEC, OK_LARGE = 1, 2, 4, 8
+
+CR0_WP, CR0_PG = 1 << 16, 1 << 31
+CR4_PSE, CR4_PAE, CR4_SMEP = 1 << 4, 1 << 5, 1 << 20
+EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
+BYTE_SIZE = REPLAY and 8
+
+ACCESS = (("tlb", PTR), ("va", "i64"), ("size", "i64"), ("pc", PTR), ("icount", "i64"))
+
+
+def page_entry() -> Routine:
+    """page_entry(gpa): pointer to the physical map's entry, null where nothing is mapped."""
+    f = Routine("page_entry", PTR, ("gpa", "i64"))
+    gib = f["gpa"] >> 30
+    with f.If(gib.uge(f.get("physmap_top"))):
+        f.ret(f.null())
+    leaf = (f.get("physmap") + gib * 8).to_ptr().load(PTR, volatile=True, align=8)
+    with f.If(leaf.eq(0)):
+        f.ret(f.null())
+    entry = leaf.offset(((f["gpa"] >> 12) & 0x3FFFF) * PAGE_ENTRY)
+    with f.If(entry.load("i64", volatile=True, align=8).eq(0)):
+        f.ret(f.null())
+    f.ret(entry)
+    return f
+
+
+def _host(f: Routine, gpa: Value) -> Value:
+    """Host pointer to guest-physical `gpa`, null for MMIO."""
+    entry = f.call("@page_entry", PTR, f.cpu, gpa)
+    found = f.var(f.null())
+    with f.If(entry.ne(0)):
+        page = entry.load("i64", volatile=True, align=8) & ~0xFFF
+        found.set((page + (gpa & 0xFFF)).to_ptr())
+    return found.get()
+
+
+def _page_fault(f: Routine, va: Value, error: Value) -> None:
+    f.fault(PF, error)
+    f.set("exc_cr2", va)
+    f.ret(f.const(0, 64))
+
+
+def _set_bits(f: Routine, entry: Value, bits: int, width: int) -> None:
+    f.line(f"%{f.label('a')} = atomicrmw or ptr {entry.text}, i{width} {bits} seq_cst, align {width // 8}")
+
+
+def walk() -> Routine:
+    """walk(va, access): the page's physical address with OK bits, or 0 with the page fault noted."""
+    f = Routine("walk", "i64", ("va", "i64"), ("access", "i64"))
+    va, access = f["va"], f["access"]
+    cr0, cr4, efer = f.get("cr0"), f.get("cr4"), f.get("efer")
+    with f.If((cr0 & CR0_PG).eq(0)):
+        f.ret((va & 0xFFFF_F000) | (OK | OK_WRITE | OK_EXEC))
+    with f.If((cr4 & CR4_PAE).eq(0)):
+        f.ret(f.call("@walk32", "i64", f.cpu, va, access))
+    # An error code says I only where NX or SMEP exists.
+    shows_fetch = ((efer & EFER_NXE) | (cr4 & CR4_SMEP)).ne(0)
+    error = access & shows_fetch.select(f.const(~0, 64), f.const(~I, 64))
+    table, shift, rights = f.var(f.get("cr3") & ADDRESS_MASK), f.var(39), f.var(PTE_W | PTE_U)
+    nx = f.var(0)
+    with f.If((efer & EFER_LMA).eq(0)):
+        slot = f.cpu.offset(offset_of("pdpte[0]")).offset(((va >> 30) & 3) * 8)
+        pdpte = slot.load("i64")
+        with f.If((pdpte & PTE_P).eq(0)):
+            _page_fault(f, va, error)
+        table.set(pdpte & ADDRESS_MASK)
+        shift.set(21)
+    with f.If((efer & EFER_LMA).ne(0)):
+        top = va.sar(47)
+        with f.If(top.ne(0) & top.ne(-1)):  # implicit accesses check for themselves that an address is canonical
+            f.fault(13, 0)
+            f.ret(f.const(0, 64))
+    reserved = f.const(RESERVED_HIGH, 64) | (efer & EFER_NXE).eq(0).select(
+        f.const(1 << 63, 64), f.const(0, 64)
+    )
+    with f.Loop() as loop:
+        index = (va >> shift.get()) & 511
+        entry = _host(f, table.get() + index * 8)
+        with f.If(entry.eq(0)):
+            _page_fault(f, va, error)
+        pte = entry.load("i64", volatile=True, align=8)
+        with f.If((pte & PTE_P).eq(0)):
+            _page_fault(f, va, error)
+        large = (pte & PTE_PS).ne(0) & shift.get().ne(12)
+        size = f.const(1, 64) << shift.get()
+        low = large.select((size - 1) & ~0x1FFF, 0)
+        too_large = large & shift.get().eq(39)
+        with f.If((pte & (reserved | low)).ne(0) | too_large):
+            _page_fault(f, va, error | (P | RSVD))
+        rights.set(rights.get() & pte)
+        nx.set(nx.get() | (pte >> 63))
+        with f.If(large | shift.get().eq(12)):
+            page = (pte & ADDRESS_MASK & ~(size - 1)) | (va & (size - 1) & ~0xFFF)
+            kind = large.select(f.const(OK_LARGE, 64), f.const(0, 64))
+            _finish_walk(f, va, access, error, entry, pte, page, rights.get(), nx.get(), kind, 64)
+        with f.If((pte & PTE_A).eq(0)):
+            _set_bits(f, entry, PTE_A, 64)
+        table.set(pte & ADDRESS_MASK)
+        shift.set(shift.get() - 9)
+        loop.continue_()
+    return f
+
+
+def _finish_walk(
+    f: Routine,
+    va: Value,
+    access: Value,
+    error: Value,
+    entry: Value,
+    pte: Value,
+    page: Value,
+    rights: Value,
+    nx: Value,
+    kind: Value,
+    width: int,
+) -> None:
+    """Permissions of a translation (SDM vol. 3, 4.6), accessed and dirty bits, and the return."""
+    user, write, fetch = ((access & bit).ne(0) for bit in (U, W, I))
+    user_page, writable = (rights & PTE_U).ne(0), (rights & PTE_W).ne(0)
+    may_write = writable | ((user ^ 1) & (f.get("cr0") & CR0_WP).eq(0))
+    smep = (f.get("cr4") & CR4_SMEP).ne(0)
+    may_fetch = nx.eq(0) & ~(smep & (user ^ 1) & user_page)
+    denied = (user & (user_page ^ 1)) | (write & (may_write ^ 1)) | (fetch & (may_fetch ^ 1))
+    with f.If(denied):
+        _page_fault(f, va, error | P)
+    wanted = write.select(f.const(PTE_A | PTE_D, 64), f.const(PTE_A, 64))
+    with f.If((pte & wanted).ne(wanted)):
+        with f.If(write):
+            _set_bits(f, entry, PTE_A | PTE_D, width)
+        with f.Else():
+            _set_bits(f, entry, PTE_A, width)
+    dirty = write | (pte & PTE_D).ne(0)
+    result = page | kind | OK
+    result = result | (may_write & dirty).select(f.const(OK_WRITE, 64), f.const(0, 64))
+    f.ret(result | may_fetch.select(f.const(OK_EXEC, 64), f.const(0, 64)))
+
+
+def walk32() -> Routine:
+    """The two levels of 32-bit paging, with 4 MiB pages (PSE-36)."""
+    f = Routine("walk32", "i64", ("va", "i64"), ("access", "i64"))
+    va, access = f["va"] & 0xFFFF_FFFF, f["access"]
+    error = access & ((f.get("cr4") & CR4_SMEP).ne(0).select(f.const(~0, 64), f.const(~I, 64)))
+    directory = (f.get("cr3") & 0xFFFF_F000) + ((va >> 22) * 4)
+    top = _host(f, directory)
+    with f.If(top.eq(0)):
+        _page_fault(f, va, error)
+    pde = top.load("i32", volatile=True, align=4).zext(64)
+    with f.If((pde & PTE_P).eq(0)):
+        _page_fault(f, va, error)
+    with f.If((pde & PTE_PS).ne(0) & (f.get("cr4") & CR4_PSE).ne(0)):
+        with f.If((pde & (1 << 21)).ne(0)):
+            _page_fault(f, va, error | (P | RSVD))
+        page = (pde & 0xFFC0_0000) | (((pde >> 13) & 0xFF) << 32) | (va & 0x3F_F000)
+        large, zero = f.const(OK_LARGE, 64), f.const(0, 64)
+        _finish_walk(f, va, access, error, top, pde, page, pde, zero, large, 32)
+    with f.If((pde & PTE_A).eq(0)):
+        _set_bits(f, top, PTE_A, 32)
+    entry = _host(f, (pde & 0xFFFF_F000) + (((va >> 12) & 1023) * 4))
+    with f.If(entry.eq(0)):
+        _page_fault(f, va, error)
+    pte = entry.load("i32", volatile=True, align=4).zext(64)
+    with f.If((pte & PTE_P).eq(0)):
+        _page_fault(f, va, error)
+    zero = f.const(0, 64)
+    page = pte & 0xFFFF_F000
+    _finish_walk(f, va, access, error, entry, pte, page, pte & pde, zero, zero, 32)
+    return f
+
+
+def tlb_fill() -> Routine:
+    """tlb_fill(tlb, va, access): walks and fills the TLB. Gives the physical page | OK, or 0 with the fault noted."""
+    f = Routine("tlb_fill", "i64", ("tlb", PTR), ("va", "i64"), ("access", "i64"))
+    va = f["va"]
+    user = f["tlb"].eq_ptr(f.user_tlb()).select(f.const(U, 64), f.const(0, 64))
+    f.add_to("count_tlb_fill", 1)
+    found = f.call("@walk", "i64", f.cpu, va, f["access"] | user)
+    with f.If(found.eq(0)):
+        f.ret(found)
+    gpa = found & ~0xFFF
+    entry = f.call("@page_entry", PTR, f.cpu, gpa)
+    with f.If(entry.ne(0)):
+        slot = f.tlb_entry(f["tlb"], va)
+        host = entry.load("i64", volatile=True, align=8)
+        page = va & ~0xFFF
+        never = _never_tag(f, va)
+        plain = (found & OK_WRITE).ne(0) & (host & (READONLY | CODE | LOG)).eq(0)
+        slot.offset(TLB_WRITE).store(never, volatile=True, align=8)
+        slot.offset(TLB_READ).store(never, volatile=True, align=8)
+        slot.offset(TLB_ADDEND).store((host & ~0xFFF) - page, volatile=True, align=8)
+        slot.offset(TLB_READ).store(page, volatile=True, align=8)
+        slot.offset(TLB_EXEC).store(
+            (found & OK_EXEC).ne(0).select(page, never), volatile=True, align=8
+        )
+        slot.offset(TLB_WRITE).store(plain.select(page, never), volatile=True, align=8)
+        # A page that began to hold code, or to be logged, meanwhile: whoever marked it may not have seen this entry.
+        again = entry.load("i64", volatile=True, align=8)
+        with f.If(again.ne(host)):
+            slot.offset(TLB_WRITE).store(never, volatile=True, align=8)
+    f.ret(gpa | OK)
+    return f
+
+
+def _never_tag(f: Routine, va: Value) -> Value:
+    """A page that is looked up in another entry than `va` is."""
+    return (va & ~0xFFF) ^ 0x1000
+
+
+def flush_tlb() -> Routine:
+    """flush_tlb(): forgets every translation, and what the jump cache knows."""
+    f = Routine("flush_tlb", "void")
+    f.add_to("count_flush", 1)
+    f.add_to("jump_key", 1 << 32)
+    at = f.var(f.const(0, 64))
+    with f.Loop() as loop:
+        index = at.get() & (TLB_ENTRIES - 1)
+        entry = f.field("tlb").offset(at.get() * TLB_ENTRY)
+        _forget(f, entry, index)
+        at.set(at.get() + 1)
+        loop.break_if(at.get().eq(2 * TLB_ENTRIES))
+    f.ret()
+    return f
+
+
+def _forget(f: Routine, entry: Value, index: Value) -> None:
+    never = (index ^ 1) << 12
+    for offset in (TLB_READ, TLB_WRITE, TLB_EXEC):
+        entry.offset(offset).store(never, volatile=True, align=8)
+
+
+def flush_page() -> Routine:
+    """flush_page(va): INVLPG. What may belong to the same large page goes too."""
+    f = Routine("flush_page", "void", ("va", "i64"))
+    f.add_to("jump_key", 1 << 32)
+    at = f.var(f.const(0, 64))
+    with f.Loop() as loop:
+        entry = f.field("tlb").offset(at.get() * TLB_ENTRY)
+        page = f["va"] >> 21
+        same = f.false()
+        for offset in (TLB_READ, TLB_WRITE, TLB_EXEC):
+            same = same | (entry.offset(offset).load("i64", align=8) >> 21).eq(page)
+        with f.If(same):
+            _forget(f, entry, at.get() & (TLB_ENTRIES - 1))
+        at.set(at.get() + 1)
+        loop.break_if(at.get().eq(2 * TLB_ENTRIES))
+    f.ret()
+    return f
+
+
+def protect_page() -> Routine:
+    """protect_page(host): no direct stores any more to the page at this host address (any thread may call)."""
+    f = Routine("protect_page", "void", ("host", "i64"))
+    at = f.var(f.const(0, 64))
+    with f.Loop() as loop:
+        entry = f.field("tlb").offset(at.get() * TLB_ENTRY)
+        tag = entry.offset(TLB_WRITE).load("i64", volatile=True, align=8)
+        addend = entry.offset(TLB_ADDEND).load("i64", volatile=True, align=8)
+        with f.If((tag + addend).eq(f["host"])):
+            never = ((at.get() & (TLB_ENTRIES - 1)) ^ 1) << 12
+            entry.offset(TLB_WRITE).store(never, volatile=True, align=8)
+        at.set(at.get() + 1)
+        loop.break_if(at.get().eq(2 * TLB_ENTRIES))
+    f.ret()
+    return f
+
+
+def _parts(f: Routine) -> Iterator[tuple[Value, Value, Value]]:
+    """(address, length, offset in the bounce buffer) of the parts of an access that lie in one page each."""
+    va, size = f["va"], f["size"]
+    room = f.const(4096, 64) - (va & 4095)
+    first = room.ult(size).select(room, size)
+    yield va, first, f.const(0, 64)
+    # The second part is empty where nothing crosses; its address then is the first one's page.
+    yield first.ult(size).select(va + first, va), size - first, first
+
+
+def _access(f: Routine) -> tuple[Value, ...]:
+    return f.cpu, f["tlb"], f["va"], f["size"], f["pc"], f["icount"]
+
+
+def probe_read() -> Routine:
+    """probe_read: pointer to `size` readable bytes at `va`, or null: a fault is noted, or `exit_kind` set."""
+    f = Routine("probe_read", PTR, *ACCESS)
+    va = f["va"]
+    with f.If(((va & 4095) + f["size"]).ule(4096)):
+        found = f.call("@tlb_fill", "i64", f.cpu, f["tlb"], va, f.const(0, 64))
+        with f.If(found.eq(0)):
+            f.ret(f.null())
+        host = _host(f, (found & ~0xFFF) | (va & 0xFFF))
+        with f.If(host.ne(0)):
+            f.ret(host)
+    done = f.call("@fetch", "i1", *_access(f))
+    with f.If(done):
+        f.ret(f.field("bounce"))
+    f.ret(f.null())
+    return f
+
+
+def fetch() -> Routine:
+    """fetch: reads `size` bytes at `va` into the bounce buffer, whatever they are; false as `probe_read`'s null."""
+    f = Routine("fetch", "i1", *ACCESS)
+    for va, _, _ in _parts(f):
+        found = f.call("@tlb_fill", "i64", f.cpu, f["tlb"], va, f.const(0, 64))
+        with f.If(found.eq(0)):
+            f.ret(f.false())
+    for va, length, offset in _parts(f):
+        with f.If(length.ne(0)):
+            found = f.call("@tlb_fill", "i64", f.cpu, f["tlb"], va, f.const(0, 64))
+            gpa = (found & ~0xFFF) | (va & 0xFFF)
+            host = _host(f, gpa)
+            to = f.field("bounce").offset(offset)
+            with f.If(host.ne(0)):
+                f.intrinsic("llvm.memcpy.p0.p0.i64", "void", to, host, length, f.false())
+            with f.Else():
+                done = f.call("@mmio", "i1", f.cpu, gpa, length, f.false(), to, f["pc"], f["icount"])
+                with f.If(done ^ 1):
+                    f.ret(f.false())
+    f.ret(f.true())
+    return f
+
+
+def mmio() -> Routine:
+    """mmio(gpa, size, write, data): an access in pieces of at most 8 bytes; false if Python must make one first."""
+    f = Routine(
+        "mmio",
+        "i1",
+        ("gpa", "i64"),
+        ("size", "i64"),
+        ("write", "i1"),
+        ("data", PTR),
+        ("pc", PTR),
+        ("icount", "i64"),
+    )
+    here = f["pc"].to_int().eq(f.get("replay_record")) & f["icount"].eq(f.get("replay_insn"))
+    with f.If(here ^ 1):
+        f.set("replay_record", f["pc"].to_int())
+        f.set("replay_insn", f["icount"])
+        f.set("replay_count", 0)
+        f.set("replay_next", 0)
+    at = f.var(f.const(0, 64))
+    with f.Loop() as loop:
+        left = f["size"] - at.get()
+        loop.break_if(left.eq(0))
+        length = left.ult(8).select(left, f.const(8, 64))
+        data = f["data"].offset(at.get())
+        n = f.get("replay_next")
+        with f.If(n.ult(f.get("replay_count"))):
+            done = f.field("replay").offset(n.zext(64) * 24)
+            with f.If(f["write"] ^ 1):
+                from_ = done.offset(Replay.data.offset)
+                f.intrinsic("llvm.memcpy.p0.p0.i64", "void", data, from_, length, f.false())
+            f.set("replay_next", n + 1)
+        with f.Else():
+            f.set("mmio_gpa", f["gpa"] + at.get())
+            f.set("mmio_size", length.trunc(32))
+            f.set("mmio_write", f["write"].zext(32))
+            f.set("mmio_data", 0)
+            with f.If(f["write"]):
+                to = f.field("mmio_data")
+                f.intrinsic("llvm.memcpy.p0.p0.i64", "void", to, data, length, f.false())
+            f.set("exit_kind", int(Exit.MMIO))
+            f.ret(f.false())
+        at.set(at.get() + length)
+    f.ret(f.true())
+    return f
+
+
+def probe_write() -> Routine:
+    """probe_write: pointer to `size` writable bytes at `va`, the bounce buffer where `commit` must follow, or null."""
+    f = Routine("probe_write", PTR, *ACCESS)
+    bounced = f.var(f.const(0, 1), 1)
+    direct = f.var(f.null())
+    for va, length, _ in _parts(f):
+        found = f.call("@tlb_fill", "i64", f.cpu, f["tlb"], va, f.const(W, 64))
+        with f.If(found.eq(0)):
+            f.ret(f.null())
+        with f.If(length.ne(0)):
+            gpa = (found & ~0xFFF) | (va & 0xFFF)
+            state = f.call("@claim", "i64", f.cpu, gpa, length)
+            with f.If(state.eq(0)):
+                f.ret(f.null())
+            with f.If(state.eq(1)):
+                bounced.set(1)
+            direct.set(state.to_ptr())
+    crosses = ((f["va"] & 4095) + f["size"]).ugt(4096)
+    with f.If(bounced.get() | crosses):
+        f.ret(f.field("bounce"))
+    f.ret(direct.get())
+    return f
+
+
+def claim() -> Routine:
+    """claim(gpa, size): host address to store to; 1 for MMIO or ROM; 0 if translated code is in the way."""
+    f = Routine("claim", "i64", ("gpa", "i64"), ("size", "i64"))
+    gpa = f["gpa"]
+    entry = f.call("@page_entry", PTR, f.cpu, gpa)
+    with f.If(entry.eq(0)):
+        f.ret(f.const(1, 64))
+    host = entry.load("i64", volatile=True, align=8)
+    with f.If((host & READONLY).ne(0)):
+        f.ret(f.const(1, 64))
+    with f.If((host & CODE).ne(0)):
+        with f.If(_translated(f, entry)):
+            passes = f.get("code_write_pass")
+            with f.If(passes.eq(0)):
+                f.set("code_write_gpa", gpa)
+                f.set("code_write_size", f["size"])
+                f.set("exit_kind", int(Exit.CODE_WRITE))
+                f.ret(f.const(0, 64))
+    with f.If((host & LOG).ne(0)):
+        byte = entry.offset(16).load(PTR, align=8)
+        mask = entry.offset(24).load("i64", align=8).trunc(8)
+        f.line(
+            f"%{f.label('a')} = atomicrmw or ptr {byte.text}, i8 {mask.text} seq_cst, align 1"
+        )
+    f.ret((host & ~0xFFF) + (gpa & 0xFFF))
+    return f
+
+
+def _translated(f: Routine, entry: Value) -> Value:
+    """Whether any of the bytes about to be written was translated."""
+    bitmap = entry.offset(8).load(PTR, align=8)
+    at, last = f.var(f["gpa"] & 4095), (f["gpa"] & 4095) + f["size"]
+    found = f.var(f.const(0, 8), 8)
+    with f.Loop() as loop:
+        loop.break_if(at.get().uge(last))
+        byte = bitmap.offset(at.get() >> 3).load("i8", volatile=True)
+        found.set(found.get() | ((byte >> (at.get() & 7).trunc(8)) & 1))
+        at.set(at.get() + 1)
+    return found.get().ne(0)
+
+
+def commit() -> Routine:
+    """commit: stores `size` bytes from the bounce buffer to `va`, which `probe_write` found writable."""
+    f = Routine("commit", "i1", *ACCESS)
+    for va, length, offset in _parts(f):
+        with f.If(length.ne(0)):
+            found = f.call("@tlb_fill", "i64", f.cpu, f["tlb"], va, f.const(W, 64))
+            with f.If(found.eq(0)):
+                f.ret(f.false())
+            gpa = (found & ~0xFFF) | (va & 0xFFF)
+            data = f.field("bounce").offset(offset)
+            state = f.call("@claim", "i64", f.cpu, gpa, length)
+            with f.If(state.eq(0)):
+                f.ret(f.false())
+            with f.If(state.eq(1)):
+                done = f.call("@mmio", "i1", f.cpu, gpa, length, f.true(), data, f["pc"], f["icount"])
+                with f.If(done ^ 1):
+                    f.ret(f.false())
+            with f.Else():
+                f.intrinsic(
+                    "llvm.memcpy.p0.p0.i64", "void", state.to_ptr(), data, length, f.false()
+                )
+    f.ret(f.true())
+    return f
+
+
+def segment_slow() -> Routine:
+    """segment_slow(seg, ea, size, write): the checks on a segmented access that is not plain read-write data inside its limit."""
+    f = Routine(
+        "segment_slow", "i1", ("seg", "i64"), ("ea", "i64"), ("size", "i64"), ("write", "i1")
+    )
+    base = f.cpu.offset(offset_of("seg[0].base")).offset(f["seg"] * 24)
+    attr = base.offset(12).load("i32")
+    limit = base.offset(8).load("i32").zext(64)
+    real = (f.get("cr0") & 1).eq(0)
+    kind = attr & 15
+    code = (kind & 8).ne(0)
+    usable = (attr & 0x10000).eq(0)
+    readable = (code ^ 1) | (kind & 2).ne(0)
+    writable = (code ^ 1) & (kind & 2).ne(0)
+    right = real | (usable & f["write"].select(writable, readable))
+    last = f["ea"] + (f["size"] - 1)
+    down = (kind & 12).eq(4)
+    top = (attr & (1 << 14)).ne(0).select(f.const(0xFFFF_FFFF, 64), f.const(0xFFFF, 64))
+    inside = down.select(f["ea"].ugt(limit) & last.ule(top), last.ule(limit))
+    with f.If(right & inside):
+        f.ret(f.true())
+    vector = f["seg"].eq(2).select(f.const(12, 32), f.const(13, 32))
+    f.set("exc_vector", vector)
+    f.set("exc_has_error", 1)
+    f.set("exc_error", 0)
+    f.ret(f.false())
+    return f
+
+
+def udiv128() -> Routine:
+    """udiv128(high, low, divisor): quotient of the 128-bit dividend, where it fits; the remainder in scratch[0]."""
+    f = Routine("udiv128", "i64", ("high", "i64"), ("low", "i64"), ("divisor", "i64"))
+    high, low, left = f.var(f["high"]), f.var(f["low"]), f.var(f.const(64, 64))
+    with f.Loop() as loop:
+        out = high.get().slt(0)
+        high.set((high.get() << 1) | (low.get() >> 63))
+        low.set(low.get() << 1)
+        with f.If(out | high.get().uge(f["divisor"])):
+            high.set(high.get() - f["divisor"])
+            low.set(low.get() | 1)
+        left.set(left.get() - 1)
+        loop.break_if(left.get().eq(0))
+    f.set("scratch[0]", high.get())
+    f.ret(low.get())
+    return f
+
+
+ROUTINES = (
+    page_entry, walk, walk32, tlb_fill, flush_tlb, flush_page, protect_page, probe_read, fetch, mmio,
+    probe_write, claim, commit, segment_slow, udiv128,
+)  # fmt: skip
+
+assert int(Flag.IF) == 0x200

@@ -1,0 +1,341 @@
+"""What one vCPU is made of, laid out once for Python, for native code and for save and restore.
+
+`State` is a ctypes structure; native code reaches its fields by the offsets that ctypes assigns (`offset_of`). Registers that
+an instruction's operand may name stand first, so that a record can hold their offset in 16 bits, and general registers first
+of all, so that one byte is enough for a base or an index.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import (
+    c_int32,
+    c_uint8,
+    c_uint16,
+    c_uint32,
+    c_uint64,
+)
+from enum import IntEnum, IntFlag
+
+u8, u16, u32, u64 = c_uint8, c_uint16, c_uint32, c_uint64
+
+PAGE = 4096
+TLB_ENTRIES = 1024  # per privilege
+TLB_ENTRY = 32  # read tag, write tag, execute tag, host addend
+JUMP_ENTRIES = 4096
+JUMP_ENTRY = 32  # rip, mode, record, -
+BOUNCE = 128  # bytes; the widest access is 64, twice for two operands
+REPLAY = 16  # MMIO accesses that one instruction can make
+
+
+class Seg(IntEnum):
+    """Index of a segment register in `State.seg`: the order of the instruction encoding, then LDTR and TR."""
+
+    ES, CS, SS, DS, FS, GS, LDTR, TR = range(8)
+
+
+class Exit(IntEnum):
+    """Why native code returned to Python, and `Cpu.run` to its caller (the latter from REQUEST on)."""
+
+    NONE = 0
+    TRANSLATE = 1  # no translation of the code at rip
+    ASSIST = 2  # an instruction whose microcode is in Python
+    CODE_WRITE = 3  # a store is about to change translated code
+    DELIVER = 4  # an exception whose delivery is in Python
+    REQUEST = 16
+    IRQ_WINDOW = 17
+    HLT = 18
+    IO = 19
+    MMIO = 20
+    CPUID = 21
+    RDMSR = 22
+    WRMSR = 23
+    CR8_READ = 24
+    CR8_WRITE = 25
+    SHUTDOWN = 26
+    EMULATION = 27
+    DEBUG = 28
+
+
+class Flag(IntFlag):
+    """RFLAGS (SDM vol. 1, 3.4.3)."""
+
+    CF, PF, AF, ZF, SF = 1, 1 << 2, 1 << 4, 1 << 6, 1 << 7
+    TF, IF, DF, OF = 1 << 8, 1 << 9, 1 << 10, 1 << 11
+    IOPL, NT, RF, VM, AC = 3 << 12, 1 << 14, 1 << 16, 1 << 17, 1 << 18
+    VIF, VIP, ID = 1 << 19, 1 << 20, 1 << 21
+
+
+STATUS_FLAGS = Flag.CF | Flag.PF | Flag.AF | Flag.ZF | Flag.SF | Flag.OF
+
+
+class Mode(IntFlag):
+    """What a translation depends on besides its bytes; part of a block's key."""
+
+    CODE32, CODE64 = 1, 2  # neither: 16-bit code
+    STACK32 = 4  # SS.B, outside 64-bit mode
+    PROTECTED = 8
+    NM = 16  # CR0.TS or CR0.EM: x87 and MMX raise #NM or #UD
+    SSE_UD = 32  # CR4.OSFXSR clear or CR0.EM set
+    SSE_NM = 64
+    STEP = 128  # one instruction a block: RFLAGS.TF, breakpoints, guest debug
+    USER = 256  # CPL 3: in the jump cache only
+    LONG = 512  # EFER.LMA
+    AVX_UD = 1024
+    VM86 = 2048
+
+
+class Segment(ctypes.Structure):
+    """A segment register; `attr` as in VMX's access rights: type 0-3, S 4, DPL 5-6, P 7, L 13, D/B 14, G 15, null 16."""
+
+    base: int
+    limit: int
+    attr: int
+    selector: int
+    _fields_ = [("base", u64), ("limit", u32), ("attr", u32), ("selector", u16), ("pad", u16 * 3)]
+
+
+class Replay(ctypes.Structure):
+    """An MMIO access that the current instruction made and that is complete."""
+
+    gpa: int
+    data: int
+    size: int
+    write: int
+    _fields_ = [("gpa", u64), ("data", u64), ("size", u32), ("write", u32)]
+
+
+class State(ctypes.Structure):
+    """Everything that native code and Python share about one vCPU. Sizes in bytes, addresses as integers."""
+
+    _fields_ = [
+        ("gpr", u64 * 16),
+        ("zero", u64),  # base or index of an operand that has none
+        ("scratch", u64 * 3),
+        ("lf_res", u64),  # lazy flags, see flags.py
+        ("lf_aux", u64),
+        ("flags", u64),  # RFLAGS without the six status flags
+        ("rip", u64),
+        ("seg", Segment * 8),
+        ("xmm", (u8 * 64) * 32),
+        ("st", (u8 * 16) * 8),  # R0..R7 in physical order, 10 bytes used
+        ("opmask", u64 * 8),
+        ("bounce", u8 * BOUNCE),
+        # x87 and SSE control
+        ("fpu_cw", u16),
+        ("fpu_sw", u16),  # TOP included
+        ("fpu_tag", u16),  # two bits a register, 3 = empty
+        ("fpu_op", u16),
+        ("fpu_ip", u64),
+        ("fpu_dp", u64),
+        ("fpu_cs", u16),
+        ("fpu_ds", u16),
+        ("mxcsr", u32),
+        ("host_mxcsr", u32),
+        ("sse_unmasked", u32),  # some SSE exception is unmasked: operations check after themselves
+        ("gdt_base", u64),
+        ("idt_base", u64),
+        ("gdt_limit", u32),
+        ("idt_limit", u32),
+        ("cr0", u64),
+        ("cr2", u64),
+        ("cr3", u64),
+        ("cr4", u64),
+        ("cr8", u64),
+        ("efer", u64),
+        ("xcr0", u64),
+        ("dr", u64 * 4),
+        ("dr6", u64),
+        ("dr7", u64),
+        ("pdpte", u64 * 4),
+        ("star", u64),
+        ("lstar", u64),
+        ("cstar", u64),
+        ("fmask", u64),
+        ("kernel_gs_base", u64),
+        ("sysenter_cs", u64),
+        ("sysenter_esp", u64),
+        ("sysenter_eip", u64),
+        ("tsc_aux", u64),
+        ("tsc_offset", u64),
+        ("pat", u64),
+        ("apic_base", u64),
+        # Control of the native side
+        ("mode", u64),  # Mode
+        ("jump_key", u64),  # number of flushes << 32
+        ("exit_kind", u32),  # Exit
+        ("exit_request", c_int32),  # written by other threads
+        ("irq_pending", u32),  # leave once interrupts can be taken
+        ("shadow", u32),  # 1: STI, 2: MOV SS: no interrupt at shadow_rip while no instruction retired
+        ("shadow_rip", u64),
+        ("shadow_count", u64),
+        ("nmi_blocked", u32),
+        ("insn_count", u64),
+        ("exit_record", u64),  # the record that left
+        ("link_from", u64),  # record whose target is missing, or 0
+        ("exc_vector", u32),
+        ("exc_has_error", u32),
+        ("exc_error", u64),
+        ("exc_cr2", u64),
+        # The pending I/O or MMIO access
+        ("io_port", u32),
+        ("io_size", u32),
+        ("io_in", u32),
+        ("io_count", u32),
+        ("mmio_gpa", u64),
+        ("mmio_data", u64),
+        ("mmio_size", u32),
+        ("mmio_write", u32),
+        ("replay", Replay * REPLAY),
+        ("replay_count", u32),
+        ("replay_next", u32),
+        ("replay_record", u64),
+        ("replay_insn", u64),
+        ("insn_bytes", u8 * 16),
+        ("insn_len", u32),
+        ("code_write_pass", u32),  # let the next store to translated code through
+        ("code_write_gpa", u64),
+        ("code_write_size", u64),
+        # Tables owned by the engine
+        ("physmap", u64),  # one pointer per GiB to an array of page entries
+        ("physmap_top", u64),  # how many GiB it covers
+        ("blocks", u64),  # hash table of translations
+        ("blocks_mask", u64),
+        ("records", u64),
+        ("records_rip", u64),
+        ("engine", u64),
+        # Native entry points, so that objects need no linking
+        ("fn", u64 * 64),
+        # Statistics
+        ("count_tlb_fill", u64),
+        ("count_lookup", u64),
+        ("count_exception", u64),
+        ("count_interrupt", u64),
+        ("count_flush", u64),
+        ("jump", (u64 * 4) * JUMP_ENTRIES),
+        ("tlb", ((u64 * 4) * TLB_ENTRIES) * 2),  # [0] supervisor, [1] user
+    ]
+
+    gpr: ctypes.Array[c_uint64]
+    seg: ctypes.Array[Segment]
+    xmm: ctypes.Array[ctypes.Array[c_uint8]]
+    st: ctypes.Array[ctypes.Array[c_uint8]]
+    dr: ctypes.Array[c_uint64]
+    pdpte: ctypes.Array[c_uint64]
+    fn: ctypes.Array[c_uint64]
+    bounce: ctypes.Array[c_uint8]
+    replay: ctypes.Array[Replay]
+    insn_bytes: ctypes.Array[c_uint8]
+    zero: int
+    lf_res: int
+    lf_aux: int
+    flags: int
+    rip: int
+    fpu_cw: int
+    fpu_sw: int
+    fpu_tag: int
+    fpu_op: int
+    fpu_ip: int
+    fpu_dp: int
+    fpu_cs: int
+    fpu_ds: int
+    mxcsr: int
+    sse_unmasked: int
+    gdt_base: int
+    gdt_limit: int
+    idt_base: int
+    idt_limit: int
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    cr8: int
+    efer: int
+    xcr0: int
+    dr6: int
+    dr7: int
+    star: int
+    lstar: int
+    cstar: int
+    fmask: int
+    kernel_gs_base: int
+    sysenter_cs: int
+    sysenter_esp: int
+    sysenter_eip: int
+    tsc_aux: int
+    tsc_offset: int
+    pat: int
+    apic_base: int
+    mode: int
+    jump_key: int
+    exit_kind: int
+    exit_request: int
+    irq_pending: int
+    shadow: int
+    shadow_rip: int
+    shadow_count: int
+    nmi_blocked: int
+    insn_count: int
+    exit_record: int
+    link_from: int
+    exc_vector: int
+    exc_has_error: int
+    exc_error: int
+    exc_cr2: int
+    io_port: int
+    io_size: int
+    io_in: int
+    io_count: int
+    mmio_gpa: int
+    mmio_data: int
+    mmio_size: int
+    mmio_write: int
+    replay_count: int
+    replay_next: int
+    replay_record: int
+    replay_insn: int
+    insn_len: int
+    code_write_pass: int
+    code_write_gpa: int
+    code_write_size: int
+    physmap: int
+    physmap_top: int
+    blocks: int
+    blocks_mask: int
+    records: int
+    records_rip: int
+    engine: int
+    count_tlb_fill: int
+    count_lookup: int
+    count_exception: int
+    count_interrupt: int
+    count_flush: int
+
+
+def offset_of(field: str) -> int:
+    """Byte offset of a field of `State`: `cr3`, `gpr[4]`, `seg[2].base`."""
+    name, _, rest = field.partition("[")
+    offset = int(getattr(State, name).offset)
+    if rest:
+        index, _, member = rest.partition("]")
+        element = dict((f[0], f[1]) for f in State._fields_)[name]._type_  # type: ignore[union-attr]
+        offset += int(index) * ctypes.sizeof(element)
+        if member:
+            offset += int(getattr(element, member[1:]).offset)
+    return offset
+
+
+def width_of(field: str) -> int:
+    """Bits of a scalar field, as `offset_of` names it."""
+    name, _, rest = field.partition("[")
+    kind = dict((f[0], f[1]) for f in State._fields_)[name]
+    if rest:
+        kind = kind._type_  # type: ignore[union-attr]
+        member = rest.partition("]")[2]
+        if member:
+            kind = dict((f[0], f[1]) for f in kind._fields_)[member[1:]]  # type: ignore[union-attr]
+    return 8 * ctypes.sizeof(kind)
+
+
+ZERO = offset_of("zero") // 8  # the register number of the slot that is always 0
+assert offset_of("bounce") < 1 << 16

@@ -1,0 +1,67 @@
+"""ioctl(2) on files of ours (`fs/ioctl.c`): the numbers every file knows, then the driver's."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+
+from anykvm.fs.file import File
+from anykvm.fs.task import current
+from anykvm.fs.vfs import absent, setfl
+
+FIONCLEX = 0x5450
+FIOCLEX = 0x5451
+FIONBIO = 0x5421
+FIOASYNC = 0x5452
+
+
+def _toggle(fd: int, file: File, arg: int, flag: int) -> int:
+    on = current().mm.read_object(arg, ctypes.c_int32).value
+    setfl(fd, file, file.f_flags | flag if on else file.f_flags & ~flag)
+    return 0
+
+
+def _set_inheritable(fd: int, inheritable: bool) -> int:
+    os.set_inheritable(fd, inheritable)
+    return 0
+
+
+_VFS_IOCTLS: dict[int, Callable[[int, File, int], int]] = {
+    FIOCLEX: lambda fd, file, arg: _set_inheritable(fd, False),
+    FIONCLEX: lambda fd, file, arg: _set_inheritable(fd, True),
+    FIONBIO: lambda fd, file, arg: _toggle(fd, file, arg, os.O_NONBLOCK),
+    FIOASYNC: lambda fd, file, arg: _toggle(fd, file, arg, os.O_ASYNC),
+}
+
+
+def vfs_ioctl(fd: int, file: File, cmd: int, arg: int) -> int:
+    """The ioctl of a 64-bit caller; ENOTTY where nobody knows the number."""
+    common = _VFS_IOCTLS.get(cmd)
+    if common is not None:
+        return common(fd, file, arg)
+    if file.f_op.unlocked_ioctl is None:
+        raise absent("unlocked_ioctl", file)
+    return file.f_op.unlocked_ioctl(file, cmd, arg)
+
+
+def vfs_compat_ioctl(fd: int, file: File, cmd: int, arg: int) -> int:
+    """The ioctl of a 32-bit caller; ENOTTY where the driver has no `compat_ioctl`."""
+    common = _VFS_IOCTLS.get(cmd)
+    if common is not None:
+        return common(fd, file, compat_ptr(arg))
+    if file.f_op.compat_ioctl is None:
+        raise absent("compat_ioctl", file)
+    return file.f_op.compat_ioctl(file, cmd, arg & 0xFFFFFFFF)
+
+
+def compat_ptr(arg: int) -> int:
+    """A 32-bit process's pointer as an address."""
+    return arg & 0xFFFFFFFF
+
+
+def compat_ptr_ioctl(file: File, cmd: int, arg: int) -> int:
+    """A `compat_ioctl` for drivers whose structs are the same for both."""
+    if file.f_op.unlocked_ioctl is None:
+        raise absent("compat_ioctl", file)
+    return file.f_op.unlocked_ioctl(file, cmd, compat_ptr(arg))

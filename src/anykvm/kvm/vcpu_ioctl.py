@@ -1,0 +1,83 @@
+"""The descriptor of a vCPU: `kvm_vcpu_fops`, KVM_RUN and KVM_SET_SIGNAL_MASK."""
+
+from __future__ import annotations
+
+from errno import EINVAL, ENOTTY
+from io import StringIO
+
+from anykvm.fs.file import File, FileOperations, Inode, VmArea
+from anykvm.fs.trace import call
+from anykvm.fs.uaccess import UserMemory
+from anykvm.fs.vfs import noop_llseek
+from anykvm.kvm.errors import fail
+from anykvm.kvm.ioctl import IoctlTable, Value, drive
+from anykvm.kvm.kvm_main import KvmVcpu, arch, kvm_put_kvm
+from anykvm.kvm.sigset import SIGSET_SIZE
+from anykvm.uapi import kvm as uapi
+
+kvm_vcpu_ioctls: IoctlTable[KvmVcpu] = IoctlTable("kvm_vcpu_ioctl")
+
+
+@kvm_vcpu_ioctls.row("KVM_RUN", Value(unused=True))
+def kvm_vcpu_ioctl_run(vcpu: KvmVcpu, _: int) -> int:
+    """Run the guest until `vcpu.run` has something for the caller, or a signal (EINTR)."""
+    with call("kvm_arch_vcpu_ioctl_run", vcpu_id=vcpu.vcpu_id) as this:
+        try:
+            return vcpu.kvm_arch_vcpu_ioctl_run()
+        finally:
+            this.result = uapi.EXIT_REASONS.get(vcpu.run.exit_reason, vcpu.run.exit_reason)
+
+
+class SignalMask:
+    """struct kvm_signal_mask and the sigset behind it, None for a null pointer; any other length is EINVAL."""
+
+    def copy_in(self, mm: UserMemory, address: int) -> bytes | None:
+        if not address:
+            return None
+        length = int.from_bytes(mm.read(address, 4), "little")
+        if length != SIGSET_SIZE:
+            raise fail(EINVAL, f"KVM_SET_SIGNAL_MASK: a sigset is {SIGSET_SIZE} bytes, not {length}")
+        return mm.read(address + 4, SIGSET_SIZE)
+
+    def copy_out(self, mm: UserMemory, address: int, value: bytes | None) -> None:
+        """Nothing returns."""
+
+
+@kvm_vcpu_ioctls.row("KVM_SET_SIGNAL_MASK", SignalMask())
+def kvm_vcpu_ioctl_set_sigmask(vcpu: KvmVcpu, sigset: bytes | None) -> None:
+    """Which signals do not interrupt KVM_RUN; without one, those that its caller blocks."""
+    vcpu.sigset.set_mask(sigset)
+
+
+kvm_vcpu_ioctls.mark_absent(ENOTTY, "KVM_GET_STATS_FD")
+
+
+def kvm_vcpu_ioctl(file: File, cmd: int, arg: int) -> int:
+    vcpu: KvmVcpu = file.private_data
+    vcpu.kvm.check_mm()
+    with vcpu.mutex:
+        return drive((kvm_vcpu_ioctls, arch().vcpu_ioctls), vcpu, cmd, arg)
+
+
+def kvm_vcpu_mmap(file: File, vma: VmArea) -> None:
+    """Any mapping is allowed: the file's pages are kvm_run, PIO data and the coalesced ring."""
+
+
+def kvm_vcpu_show_fdinfo(text: StringIO, file: File) -> None:
+    vcpu: KvmVcpu = file.private_data
+    text.write(f"vcpu:\t{vcpu.vcpu_id}\n")
+
+
+def kvm_vcpu_release(inode: Inode, file: File) -> None:
+    vcpu: KvmVcpu = file.private_data
+    kvm_put_kvm(vcpu.kvm)
+
+
+kvm_vcpu_fops = FileOperations(
+    release=kvm_vcpu_release,
+    unlocked_ioctl=kvm_vcpu_ioctl,
+    compat_ioctl=kvm_vcpu_ioctl,
+    mmap=kvm_vcpu_mmap,
+    llseek=noop_llseek,
+    show_fdinfo=kvm_vcpu_show_fdinfo,
+)

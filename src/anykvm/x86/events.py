@@ -1,0 +1,116 @@
+"""What interrupts a vCPU: exceptions, NMIs, interrupts, INIT and SIPI, and in which order.
+
+arch/x86/kvm/x86.c, `inject_pending_event`, and irq.c, `kvm_cpu_has_injectable_intr`, `kvm_cpu_get_interrupt`.
+"""
+
+from __future__ import annotations
+
+from anykvm.fs.trace import trace
+from anykvm.x86.kvm_host import MpState, VcpuX86
+from anykvm.x86.reset import kvm_vcpu_reset, start_at_vector
+
+SHADOW_MOV_SS = 2  # State.shadow
+
+
+def kvm_cpu_has_extint(vcpu: VcpuX86) -> bool:
+    """Whether the 8259s, or the VMM in their place, have an interrupt for this processor."""
+    if vcpu.injected_vector is not None:
+        return True
+    apic, kvm = vcpu.apic, vcpu.kvm
+    if apic is None or not kvm.pic_in_kernel():
+        return False
+    return kvm.irqchip.pic.output and apic.accept_pic_intr()
+
+
+def kvm_cpu_has_interrupt(vcpu: VcpuX86) -> bool:
+    """Whether some interrupt is to be delivered as soon as the processor takes it."""
+    if kvm_cpu_has_extint(vcpu):
+        return True
+    return vcpu.apic is not None and vcpu.apic.has_interrupt() is not None
+
+
+def kvm_cpu_get_interrupt(vcpu: VcpuX86) -> int:
+    """Acknowledge the interrupt that `kvm_cpu_has_interrupt` told of: its vector."""
+    if vcpu.injected_vector is not None:
+        vector, vcpu.injected_vector = vcpu.injected_vector, None
+        return vector
+    if kvm_cpu_has_extint(vcpu):
+        return vcpu.kvm.irqchip.pic.read_irq()
+    assert vcpu.apic is not None
+    return vcpu.apic.ack_interrupt()
+
+
+def inject_pending_events(vcpu: VcpuX86) -> None:
+    """Deliver what can be delivered now, and ask for the window for what cannot."""
+    if vcpu.exception is not None:
+        exception, vcpu.exception = vcpu.exception, None
+        vcpu.cpu.inject_exception(exception.vector, exception.error_code)
+    if vcpu.nmi_pending:
+        _inject_nmi(vcpu)
+    with vcpu.kvm.irqchip.lock:
+        if kvm_cpu_has_interrupt(vcpu) and vcpu.cpu.can_take_interrupt():
+            vector = kvm_cpu_get_interrupt(vcpu)
+            trace("kvm_inj_virq", vcpu_id=vcpu.vcpu_id, vector=vector)
+            vcpu.cpu.inject_interrupt(vector)
+        pending = kvm_cpu_has_interrupt(vcpu)
+    vcpu.cpu.pending_interrupt(pending or _wants_interrupt_window(vcpu))
+
+
+def _inject_nmi(vcpu: VcpuX86) -> None:
+    """Now, or after the instruction that follows a MOV SS."""
+    if vcpu.state.shadow == SHADOW_MOV_SS and vcpu.cpu.in_shadow():
+        vcpu.cpu.request_exit()
+        return
+    vcpu.nmi_pending -= 1
+    vcpu.cpu.inject_nmi()
+    trace("kvm_inj_nmi", vcpu_id=vcpu.vcpu_id)
+
+
+def _wants_interrupt_window(vcpu: VcpuX86) -> bool:
+    """`dm_request_for_irq_injection`: the VMM, which has the 8259s, wants to inject."""
+    return bool(vcpu.run.request_interrupt_window) and not vcpu.kvm.pic_in_kernel()
+
+
+def interrupt_window_open(vcpu: VcpuX86) -> bool:
+    """Whether the window that the VMM asked for is there."""
+    return _wants_interrupt_window(vcpu) and ready_for_interrupt_injection(vcpu)
+
+
+def ready_for_interrupt_injection(vcpu: VcpuX86) -> bool:
+    """`kvm_vcpu_ready_for_interrupt_injection`: KVM_INTERRUPT would be delivered at once."""
+    return (
+        vcpu.injected_vector is None
+        and vcpu.exception is None
+        and vcpu.cpu.can_take_interrupt()
+        and (vcpu.apic is None or vcpu.apic.accept_pic_intr())
+    )
+
+
+def kvm_apic_accept_events(vcpu: VcpuX86) -> None:
+    """INIT resets the processor, which the boot processor survives; SIPI starts one that waits."""
+    apic = vcpu.apic
+    if apic is None or not apic.pending_events:
+        return
+    with vcpu.kvm.irqchip.lock:
+        init, sipi = apic.take_init(), apic.take_sipi()
+    if init:
+        kvm_vcpu_reset(vcpu, init_event=True)
+        vcpu.mp_state = MpState.RUNNABLE if vcpu.is_bsp else MpState.INIT_RECEIVED
+    if sipi is not None and vcpu.mp_state == MpState.INIT_RECEIVED:
+        trace("kvm_apic_sipi", vcpu_id=vcpu.vcpu_id, vector=sipi)
+        start_at_vector(vcpu.cpu, sipi)
+        vcpu.mp_state = MpState.RUNNABLE
+
+
+def kvm_arch_vcpu_runnable(vcpu: VcpuX86) -> bool:
+    """Whether a halted or waiting processor has something to do now."""
+    if vcpu.mp_state == MpState.RUNNABLE:
+        return True
+    if vcpu.apic is not None and vcpu.apic.pending_events:
+        return True
+    if vcpu.mp_state != MpState.HALTED:
+        return False
+    if vcpu.nmi_pending or vcpu.exception is not None:
+        return True
+    with vcpu.kvm.irqchip.lock:
+        return vcpu.cpu.can_take_interrupt() and kvm_cpu_has_interrupt(vcpu)

@@ -1,0 +1,158 @@
+"""KVM_GET/SET_VCPU_EVENTS, MP_STATE, KVM_INTERRUPT and KVM_NMI: what is pending for a vCPU.
+
+api.rst 4.31, 4.32, 4.38, 4.39, 4.16, 4.64.
+"""
+
+from __future__ import annotations
+
+from errno import EEXIST, EINVAL, ENXIO
+
+from anykvm.kvm.errors import fail
+from anykvm.kvm.ioctl import In, Out, Value
+from anykvm.uapi import kvm as uapi
+from anykvm.x86 import lapic_regs as reg
+from anykvm.x86.kvm_host import IrqchipMode, MpState, PendingException, Request, VcpuX86
+from anykvm.x86.events import kvm_apic_accept_events
+from anykvm.x86.tables import vcpu_ioctls
+
+VALID_FLAGS = (
+    uapi.KVM_VCPUEVENT_VALID_NMI_PENDING
+    | uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR
+    | uapi.KVM_VCPUEVENT_VALID_SHADOW
+    | uapi.KVM_VCPUEVENT_VALID_SMM
+)
+EXCEPTIONS, NMI_VECTOR = 31, 2
+# State.shadow against KVM_X86_SHADOW_INT_*
+SHADOW_STI, SHADOW_MOV_SS = 1, 2
+TO_ABI = {
+    0: 0,
+    SHADOW_STI: uapi.KVM_X86_SHADOW_INT_STI,
+    SHADOW_MOV_SS: uapi.KVM_X86_SHADOW_INT_MOV_SS,
+}
+
+
+def get_vcpu_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
+    if vcpu.exception is not None:
+        events.exception.injected = 1
+        events.exception.nr = vcpu.exception.vector
+        events.exception.has_error_code = vcpu.exception.error_code is not None
+        events.exception.error_code = vcpu.exception.error_code or 0
+    if vcpu.injected_vector is not None:
+        events.interrupt.injected, events.interrupt.nr = 1, vcpu.injected_vector
+    events.interrupt.shadow = TO_ABI[vcpu.state.shadow if vcpu.cpu.in_shadow() else 0]
+    events.nmi.pending = vcpu.nmi_pending
+    events.flags = (
+        uapi.KVM_VCPUEVENT_VALID_NMI_PENDING
+        | uapi.KVM_VCPUEVENT_VALID_SHADOW
+        | uapi.KVM_VCPUEVENT_VALID_SMM
+    )
+    if vcpu.apic is not None:
+        events.smi.latched_init = vcpu.apic.pending_events >> reg.KVM_APIC_INIT & 1
+    if vcpu.kvm.triple_fault_event:
+        events.triple_fault.pending = Request.TRIPLE_FAULT in vcpu.requests
+        events.flags |= uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+    if vcpu.kvm.exception_payload_enabled:
+        events.flags |= uapi.KVM_VCPUEVENT_VALID_PAYLOAD
+
+
+def _check_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
+    allowed = VALID_FLAGS
+    if vcpu.kvm.triple_fault_event:
+        allowed |= uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+    if vcpu.kvm.exception_payload_enabled:
+        allowed |= uapi.KVM_VCPUEVENT_VALID_PAYLOAD
+    exception = events.exception
+    raised = exception.injected or (
+        events.flags & uapi.KVM_VCPUEVENT_VALID_PAYLOAD and exception.pending
+    )
+    if events.flags & ~allowed:
+        raise fail(EINVAL, f"KVM_SET_VCPU_EVENTS: flags {events.flags:#x}")
+    if raised and (exception.nr > EXCEPTIONS or exception.nr == NMI_VECTOR):
+        raise fail(EINVAL, f"KVM_SET_VCPU_EVENTS: {exception.nr} is no exception")
+    if events.smi.smm or events.smi.pending:
+        raise fail(EINVAL, "KVM_SET_VCPU_EVENTS: there is no system management mode")
+
+
+def set_vcpu_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
+    _check_events(vcpu, events)
+    exception, flags = events.exception, events.flags
+    vcpu.exception = None
+    if exception.injected or exception.pending & (flags & uapi.KVM_VCPUEVENT_VALID_PAYLOAD != 0):
+        code = exception.error_code if exception.has_error_code else None
+        vcpu.exception = PendingException(exception.nr, code)
+    vcpu.injected_vector = events.interrupt.nr if events.interrupt.injected else None
+    if flags & uapi.KVM_VCPUEVENT_VALID_SHADOW:
+        mov_ss = events.interrupt.shadow & uapi.KVM_X86_SHADOW_INT_MOV_SS
+        vcpu.state.shadow = SHADOW_MOV_SS if mov_ss else SHADOW_STI * bool(events.interrupt.shadow)
+    vcpu.nmi_pending = int(bool(events.nmi.injected))
+    if flags & uapi.KVM_VCPUEVENT_VALID_NMI_PENDING:
+        vcpu.nmi_pending += events.nmi.pending
+    if vcpu.apic is not None:
+        _set_apic_events(vcpu, events)
+    vcpu.requests.discard(Request.TRIPLE_FAULT)
+    if flags & uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT and events.triple_fault.pending:
+        vcpu.requests.add(Request.TRIPLE_FAULT)
+    vcpu.requests.add(Request.EVENT)
+
+
+def _set_apic_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
+    assert vcpu.apic is not None
+    if events.flags & uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR:
+        vcpu.apic.sipi_vector = events.sipi_vector
+    if events.flags & uapi.KVM_VCPUEVENT_VALID_SMM:
+        with vcpu.kvm.irqchip.lock:
+            if events.smi.latched_init:
+                vcpu.apic.pending_events |= 1 << reg.KVM_APIC_INIT
+            else:
+                vcpu.apic.take_init()
+
+
+@vcpu_ioctls.row("KVM_GET_VCPU_EVENTS", Out(uapi.kvm_vcpu_events), uapi.KVM_CAP_VCPU_EVENTS)
+def kvm_vcpu_ioctl_x86_get_vcpu_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
+    get_vcpu_events(vcpu, events)
+
+
+@vcpu_ioctls.row("KVM_SET_VCPU_EVENTS", In(uapi.kvm_vcpu_events), uapi.KVM_CAP_VCPU_EVENTS)
+def kvm_vcpu_ioctl_x86_set_vcpu_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
+    set_vcpu_events(vcpu, events)
+
+
+@vcpu_ioctls.row("KVM_GET_MP_STATE", Out(uapi.kvm_mp_state), uapi.KVM_CAP_MP_STATE)
+def kvm_arch_vcpu_ioctl_get_mpstate(vcpu: VcpuX86, state: uapi.kvm_mp_state) -> None:
+    kvm_apic_accept_events(vcpu)
+    state.mp_state = vcpu.mp_state
+
+
+@vcpu_ioctls.row("KVM_SET_MP_STATE", In(uapi.kvm_mp_state), uapi.KVM_CAP_MP_STATE)
+def kvm_arch_vcpu_ioctl_set_mpstate(vcpu: VcpuX86, state: uapi.kvm_mp_state) -> None:
+    """SIPI_RECEIVED is INIT_RECEIVED with the SIPI still to be acted on."""
+    if state.mp_state not in list(MpState):
+        raise fail(EINVAL, f"there is no processor state {state.mp_state}")
+    wanted = MpState(state.mp_state)
+    if vcpu.apic is None and wanted != MpState.RUNNABLE:
+        raise fail(EINVAL, f"{wanted.name} needs an in-kernel local APIC")
+    if vcpu.apic is not None and wanted == MpState.SIPI_RECEIVED:
+        vcpu.mp_state = MpState.INIT_RECEIVED
+        with vcpu.kvm.irqchip.lock:
+            vcpu.apic.pending_events |= 1 << reg.KVM_APIC_SIPI
+    else:
+        vcpu.mp_state = wanted
+    vcpu.requests.add(Request.EVENT)
+
+
+@vcpu_ioctls.row("KVM_INTERRUPT", In(uapi.kvm_interrupt))
+def kvm_vcpu_ioctl_interrupt(vcpu: VcpuX86, interrupt: uapi.kvm_interrupt) -> None:
+    """Deliver an external interrupt; ENXIO where the 8259s are in the kernel, EEXIST for a second."""
+    if interrupt.irq > 255:
+        raise fail(EINVAL, f"there is no vector {interrupt.irq}")
+    if vcpu.kvm.irqchip_mode is IrqchipMode.KERNEL:
+        raise fail(ENXIO, "interrupts are the in-kernel irqchip's")
+    if vcpu.injected_vector is not None and vcpu.kvm.irqchip_in_kernel():
+        raise fail(EEXIST, f"vector {vcpu.injected_vector} is pending")
+    vcpu.injected_vector = interrupt.irq
+    vcpu.requests.add(Request.EVENT)
+
+
+@vcpu_ioctls.row("KVM_NMI", Value(), uapi.KVM_CAP_USER_NMI)
+def kvm_vcpu_ioctl_nmi(vcpu: VcpuX86, _: int) -> None:
+    vcpu.inject_nmi()
