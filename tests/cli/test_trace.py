@@ -8,9 +8,11 @@ import threading
 import pytest
 
 from anykvm import fs
+from anykvm.api import GuestMemory, Kvm
 from anykvm.cli import main, narrate
 from anykvm.cli.filter import Filter, filtered
 from anykvm.cli.narrate import Narrator, as_json, exit_text
+from anykvm.cli.statistics import processor_counters
 from anykvm.fs.trace import attached, call, trace
 from anykvm.uapi import kvm as abi
 
@@ -19,7 +21,8 @@ KVM_CREATE_VM, KVM_RUN = abi.KVM_CREATE_VM, abi.KVM_RUN
 
 def toy_dev_ioctl(file: fs.File, cmd: int, arg: int) -> int:
     if cmd == KVM_CREATE_VM:
-        with call("kvm_create_vm", type=arg), call("kvm_arch_alloc_vm"):
+        table = call("toy_dev_ioctl", cmd="KVM_CREATE_VM")
+        with table, call("kvm_create_vm", type=arg), call("kvm_arch_alloc_vm"):
             return fs.anon_inode_getfd("toy-vm", toy_vm_fops, None)
     trace("kvm_pio", port=0x3F8, size=1)
     return 5
@@ -94,6 +97,35 @@ def test_a_run_tells_its_exit(device):
         fs.ioctl(fd, KVM_RUN)
     fs.close(fd)
     assert lines.texts == ["toy_vcpu_ioctl(KVM_RUN) = 0 KVM_EXIT_IO out 0x3f8 size 1"]
+
+
+def test_the_way_from_dev_kvm_to_a_run():
+    """What docs/article.md shows, on anykvm's own KVM: `mov al, 4; out dx, al; hlt`."""
+    lines = Lines("!KVM_GET_*", "!KVM_SET_*", "!mmap", "!close")
+    with attached(lines.sink), Kvm(backend="soft") as kvm, kvm.create_vm() as vm:
+        memory = GuestMemory(fs.PAGE_SIZE, 0x1000)
+        memory.write(0x1000, b"\xb0\x04\xee\xf4")
+        vm.add_memory(0, memory)
+        with vm.create_vcpu(0) as vcpu:
+            sregs = vcpu.get_sregs()
+            sregs.cs.base, sregs.cs.selector = 0, 0
+            vcpu.set_sregs(sregs)
+            vcpu.set_regs(abi.kvm_regs(rip=0x1000, rdx=0x3F8, rflags=2))
+            assert (vcpu.run(), vcpu.run()) == (abi.KVM_EXIT_IO, abi.KVM_EXIT_HLT)
+            counters = processor_counters(vm.fd)
+            opened, made, plugged = kvm.fd, vm.fd, vcpu.fd
+    assert lines.texts[:3] == [
+        f"open /dev/kvm → kvm_chardev_ops = {opened}",
+        "kvm_dev_ioctl(KVM_CREATE_VM) → kvm_create_vm(type=0) → kvm_arch_alloc_vm"
+        f' → anon_inode_getfd("kvm-vm", kvm_vm_fops) = {made}',
+        "kvm_vm_ioctl(KVM_CREATE_VCPU) → kvm_arch_vcpu_create(vcpu_id=0)"
+        f' → anon_inode_getfd("kvm-vcpu:0", kvm_vcpu_fops) = {plugged}',
+    ]
+    assert lines.texts[3].startswith("kvm_vcpu_ioctl(KVM_RUN) → ")
+    assert "… kvm_vcpu_ioctl(KVM_RUN) = 0 KVM_EXIT_IO out 0x3f8 size 1" in lines.texts
+    assert lines.texts[-1] == "… kvm_vcpu_ioctl(KVM_RUN) = 0 KVM_EXIT_HLT"
+    assert counters["instructions_executed"] >= 1
+    assert counters["units_translated"] >= 1
 
 
 def test_errors_are_told():

@@ -61,6 +61,8 @@ def test_a_boot_is_checked_before_there_is_a_machine(tmp_path: Path) -> None:
         ({"append": "x" * 3000}, "command line has"),
         ({"initrd": Path("/nonexistent/initrd")}, "cannot read the initrd /nonexistent/initrd: No"),
         ({"kernel": Path("/nonexistent/k")}, "cannot read the kernel /nonexistent/k: No such"),
+        ({"cpus": 0}, "0 CPUs: expected 1 or more"),
+        ({"cpus": 4000}, "ACPI tables for 4000 processors"),
         ({"initrd": Path("/")}, "cannot read the initrd /: Is a directory"),
     ],
 )

@@ -112,7 +112,9 @@ def test_setting_the_time_as_linux_does() -> None:
     assert clock.time()[4:] == [0x29, 0x02, 0x24, 0x20]
 
 
-@pytest.mark.parametrize(("register", "value"), [(8, 0x13), (7, 0x31), (7, 0x00)])
+@pytest.mark.parametrize(
+    ("register", "value"), [(8, 0x13), (7, 0x31), (7, 0x00), (4, 0x24), (2, 0x60)]
+)
 def test_an_impossible_date_is_not_set(register: int, value: int) -> None:
     clock = Clock()
     clock.write(register, value)
@@ -160,6 +162,10 @@ def test_rate_zero_never_fires() -> None:
         ((0x58, 0x04, 0x15), 86400),
         ((0x00, 0x00, 0x00), 8 * 3600 + 55 * 60 + 2),
         ((0x00, 0x00, 0xFF), 55 * 60 + 2),
+        ((0x57, 0xFF, 0x15), 59),
+        ((0x57, 0x03, 0xFF), 3600 - 61),
+        ((0x57, 0x03, 0x15), 86400 - 61),
+        ((0xFF, 0x04, 0x16), 3600 - 58),
     ],
 )
 def test_alarm_interrupt(alarm: tuple[int, int, int], seconds: int) -> None:

@@ -52,8 +52,8 @@ def event_names(event: Event) -> list[str]:
     """What a pattern may call an event, in lower case."""
     names = [event.name]
     number = event.fields.get("cmd")
-    if isinstance(number, int):
-        names.append(ioctl_name(number))
+    if number is not None:
+        names.append(ioctl_name(number) if isinstance(number, int) else str(number))
     file = event.fields.get("file")
     if file is not None:
         path = file.f_path if isinstance(file, File) else str(file)

@@ -177,6 +177,11 @@ class _Thread(threading.local):
     began: int = 0
 
 
+def _is_echo(event: Event) -> bool:
+    """A driver's table tells the ioctl's name again inside the system call, which says it all."""
+    return isinstance(event.fields.get("cmd"), str)
+
+
 class Narrator:
     """A sink that writes text lines. Times count from the first event, in milliseconds."""
 
@@ -189,7 +194,8 @@ class Narrator:
     def __call__(self, event: Event) -> None:
         if self._origin is None:
             self._origin = event.time
-        self._kinds[event.kind](event)
+        if not _is_echo(event):
+            self._kinds[event.kind](event)
 
     def _enter(self, event: Event) -> None:
         if not self._here.chain:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from iced_x86 import Decoder, Formatter, FormatterSyntax, Instruction, MemorySizeExt, OpKind, Register
 
@@ -19,6 +19,7 @@ from anykvm.cpu.decode import (
     MNEMONICS,
     NUMBER,
     REGISTERS,
+    RENAMED,
     SEGMENT,
     TABLE,
     WIDTH,
@@ -39,7 +40,8 @@ class Assist:
 
     def __init__(self, cpu: Cpu, i: Instruction) -> None:
         self.cpu, self.i, self.s = cpu, i, cpu.state
-        self.name = MNEMONICS[i.mnemonic]
+        mnemonic = MNEMONICS[i.mnemonic]
+        self.name = RENAMED.get(mnemonic, mnemonic)
         self.code = CODES[i.code]
         self.code64 = bool(cpu.state.mode & Mode.CODE64)
         self.next_rip: int | None = i.next_ip & (MASK64 if self.code64 else 0xFFFF_FFFF)
@@ -198,10 +200,10 @@ def execute(cpu: Cpu) -> None:
     bits = 64 if s.mode & Mode.CODE64 else 32 if s.mode & Mode.CODE32 else 16
     i = Decoder(bits, data, ip=s.rip).decode()
     s.replay_next = 0
-    body = ASSISTS.get(MNEMONICS[i.mnemonic])
+    a = Assist(cpu, i)
+    body = ASSISTS.get(a.name)
     if body is None:
         refuse(cpu, data, i)
-    a = Assist(cpu, i)
     body(a)
     if a.next_rip is not None:
         s.rip = a.next_rip
@@ -209,7 +211,7 @@ def execute(cpu: Cpu) -> None:
     s.replay_count = 0
 
 
-def refuse(cpu: Cpu, data: bytes, i: Instruction) -> None:
+def refuse(cpu: Cpu, data: bytes, i: Instruction) -> NoReturn:
     """No code for this instruction: ends the run with its bytes and its name."""
     s = cpu.state
     ctypes.memmove(s.insn_bytes, data.ljust(16, b"\0"), 16)

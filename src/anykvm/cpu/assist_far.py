@@ -202,8 +202,6 @@ def _return_outward(a: Assist, selector: int, ss: int) -> None:
 
 
 @microcode("iret")
-@microcode("iretd")
-@microcode("iretq")
 def interrupt_return(a: Assist) -> None:
     size = {"W": 2, "D": 4, "Q": 8}[a.code[4]]
     rip, selector, flags = (a.peek(n * size, size) for n in range(3))

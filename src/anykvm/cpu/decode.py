@@ -70,7 +70,10 @@ STACK_ROWS = frozenset("push pop pushf popf leave enter pusha popa call ret".spl
 ADDRESS_ROWS = frozenset("loop loope loopne xlatb".split())
 LEGACY_ROWS = frozenset("syscall sysret iret mov_to_cr3 mov_to_seg".split())
 SHIFTS = frozenset("shl shr sar sal rol ror rcl rcr".split())
-RENAMED = {"retf": "far_ret", "wait": "fwait"}
+RENAMED = {
+    **{f"{n}{letter}": n for n in ("pushf", "popf", "iret", "sysret", "sysexit") for letter in "dq"},
+    **{"pushad": "pusha", "popad": "popa", "wait": "fwait"},
+}  # iced has mnemonics for operand sizes; here the size is an attribute
 LETTER_BITS = {"W": 16, "D": 32, "Q": 64}
 
 REG_FIELDS = struct.Struct("<HHBBBBii")  # a, b, base, index, scale, seg, disp, imm
@@ -249,7 +252,7 @@ def _mov_kind(i: Instruction, name: str) -> str:
 
 
 ASSIST = Form("assist")
-COUNTED = frozenset("jmp call ret iret syscall sysret popf mov_to_cr3 invlpg into".split())
+COUNTED = frozenset("jmp call ret iret syscall sysret popf mov_to_cr3 invlpg int".split())
 
 
 class FormDecoder:

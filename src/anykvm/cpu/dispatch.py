@@ -9,7 +9,7 @@ frame that lies in one page. Anything else returns to Python with `Exit.DELIVER`
 
 from __future__ import annotations
 
-from anykvm.cpu.guest import CONVENTION, GP, PF, TLB_ADDEND, TLB_EXEC, TLB_WRITE, Handler, Routine
+from anykvm.cpu.guest import CONVENTION, FAULT, PF, SOFTWARE, TLB_ADDEND, TLB_EXEC, TLB_WRITE, Handler, Routine
 from anykvm.cpu.ir import PTR, Value
 from anykvm.cpu.mmu import I, W
 from anykvm.cpu.state import (
@@ -169,7 +169,7 @@ def trouble() -> Handler:
     vector = h.get("exc_vector")
     with h.If(vector.eq(PF)):
         h.set("cr2", h.get("exc_cr2"))
-    done = h.call("@deliver", "i1", h.cpu, vector.zext(64), h.true())
+    done = h.call("@deliver", "i1", h.cpu, vector.zext(64), h.const(FAULT, 64))
     with h.If(done):
         h.tail(_symbol(h, "@lookup"), h.pc, tlb=h.supervisor_tlb())
     h.set("exit_kind", int(Exit.DELIVER))
@@ -194,11 +194,11 @@ def _peek(f: Routine, va: Value, size: int, *, write: bool) -> Value:
 
 
 def deliver() -> Routine:
-    """deliver(vector, fault): the usual case of delivering an event at `State.rip`; false with nothing changed otherwise.
+    """deliver(vector, kind): the usual case of delivering an event at `State.rip`; false with nothing changed otherwise.
 
-    A noted error code is pushed; faults push RF.
+    A noted error code is pushed. Of the kinds, a FAULT pushes RF, and of SOFTWARE the gate's privilege must allow it.
     """
-    f = Routine("deliver", "i1", ("vector", "i64"), ("fault", "i1"))
+    f = Routine("deliver", "i1", ("vector", "i64"), ("kind", "i64"))
 
     def give_up_unless(cond: Value) -> None:
         with f.If(cond ^ 1):
@@ -212,6 +212,7 @@ def deliver() -> Routine:
     low, high = gate.load("i64"), gate.offset(8).load("i64")
     kind = (low >> 40) & 0x9E
     give_up_unless(kind.eq(0x8E) & ((low >> 44) & 1).eq(0))  # present, interrupt or trap gate
+    give_up_unless(f["kind"].ne(SOFTWARE) | f.cpl().ule((low >> 45) & 3))
     selector = (low >> 16) & 0xFFFC
     give_up_unless(((low >> 18) & 1).eq(0) & (selector + 7).ule(f.get("gdt_limit").zext(64)))
     descriptor = _peek(f, f.get("gdt_base") + selector, 8, write=False).load("i64")
@@ -230,7 +231,7 @@ def deliver() -> Routine:
     give_up_unless(((bottom & 4095) + size).ule(4096))
     frame = _peek(f, bottom, 8, write=True)
     flags = f.flags.read()
-    rf = f["fault"].select(f.const(int(Flag.RF), 64), f.const(0, 64))
+    rf = f["kind"].eq(FAULT).select(f.const(int(Flag.RF), 64), f.const(0, 64))
     with f.If(has_error):
         frame.store(error)
     words = frame.offset(has_error.select(f.const(8, 64), f.const(0, 64)))
@@ -287,5 +288,3 @@ def run() -> Routine:
 
 
 ROUTINES = (fetch_page, find, deliver, lookup, refind, abort, trouble, run)
-
-assert GP == 13

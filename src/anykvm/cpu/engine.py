@@ -25,12 +25,12 @@ __all__ = ["Cpu", "Engine", "Exit", "State"]
 PTR, U64 = ctypes.c_void_p, ctypes.c_uint64
 SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "run": (None, (PTR,)),
-    "deliver": (ctypes.c_bool, (PTR, U64, ctypes.c_bool)),
+    "deliver": (ctypes.c_bool, (PTR, U64, U64)),
     "fetch_page": (U64, (PTR, U64, U64)),
     "probe_read": (U64, (PTR, U64, U64, U64, U64, U64)),
     "probe_write": (U64, (PTR, U64, U64, U64, U64, U64)),
     "commit": (ctypes.c_bool, (PTR, U64, U64, U64, U64, U64)),
-    "flush_tlb": (None, (PTR,)),
+    "flush_tlb": (None, (PTR, U64)),
     "flush_page": (None, (PTR, U64)),
     "protect_page": (None, (PTR, U64)),
 }

@@ -54,11 +54,15 @@ ENTRIES = (
     "flush_tlb",
     "flush_page",
     "refind",
+    "deliver",
 )
 
 # Vectors (SDM vol. 3, table 6-1)
 DE, DB, NMI, BP, OF, BR, UD, NM, DF, TS, NP, SS, GP, PF = 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14
 MF, AC, MC, XM = 16, 17, 18, 19
+
+# What `deliver` delivers
+EVENT, FAULT, SOFTWARE = 0, 1, 2
 
 TLB_READ, TLB_WRITE, TLB_EXEC, TLB_ADDEND = 0, 8, 16, 24
 

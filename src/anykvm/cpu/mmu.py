@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from anykvm.cpu.guest import PF, TLB_ADDEND, TLB_EXEC, TLB_READ, TLB_WRITE, Routine
 from anykvm.cpu.ir import PTR, Value
-from anykvm.cpu.state import REPLAY, TLB_ENTRIES, TLB_ENTRY, Exit, Flag, Replay, offset_of
+from anykvm.cpu.state import TLB_ENTRIES, TLB_ENTRY, TLB_LIST, Exit, Replay, offset_of
 
 PHYSICAL_BITS = 46
 ADDRESS_MASK = ((1 << PHYSICAL_BITS) - 1) & ~0xFFF
@@ -33,12 +33,13 @@ PTE_P, PTE_W, PTE_U, PTE_A, PTE_D, PTE_PS = 1, 2, 4, 0x20, 0x40, 0x80
 PAGE_ENTRY = 32
 RAM, READONLY, CODE, LOG = 1, 2, 4, 8
 # What `walk` returns besides the page's address
-OK, OK_WRITE, OK_EXEC, OK_LARGE = 1, 2, 4, 8
+OK, OK_WRITE, OK_EXEC, OK_LARGE, OK_GLOBAL = 1, 2, 4, 8, 16
+PTE_G = 1 << 8
+LARGEST = 1 << 30  # a large page is at most that
 
 CR0_WP, CR0_PG = 1 << 16, 1 << 31
 CR4_PSE, CR4_PAE, CR4_SMEP = 1 << 4, 1 << 5, 1 << 20
 EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
-BYTE_SIZE = REPLAY and 8
 
 ACCESS = (("tlb", PTR), ("va", "i64"), ("size", "i64"), ("pc", PTR), ("icount", "i64"))
 
@@ -167,6 +168,7 @@ def _finish_walk(
     dirty = write | (pte & PTE_D).ne(0)
     result = page | kind | OK
     result = result | (may_write & dirty).select(f.const(OK_WRITE, 64), f.const(0, 64))
+    result = result | (pte & PTE_G).ne(0).select(f.const(OK_GLOBAL, 64), f.const(0, 64))
     f.ret(result | may_fetch.select(f.const(OK_EXEC, 64), f.const(0, 64)))
 
 
@@ -219,6 +221,7 @@ def tlb_fill() -> Routine:
         page = va & ~0xFFF
         never = _never_tag(f, va)
         plain = (found & OK_WRITE).ne(0) & (host & (READONLY | CODE | LOG)).eq(0)
+        _list_entry(f, slot, va, found)
         slot.offset(TLB_WRITE).store(never, volatile=True, align=8)
         slot.offset(TLB_READ).store(never, volatile=True, align=8)
         slot.offset(TLB_ADDEND).store((host & ~0xFFF) - page, volatile=True, align=8)
@@ -241,19 +244,61 @@ def _never_tag(f: Routine, va: Value) -> Value:
 
 
 def flush_tlb() -> Routine:
-    """flush_tlb(): forgets every translation, and what the jump cache knows."""
-    f = Routine("flush_tlb", "void")
+    """flush_tlb(keep_global): forgets translations, and what the jump cache knows.
+
+    The entries filled since the last flush are listed; only these are touched, unless the list ran over.
+    """
+    f = Routine("flush_tlb", "void", ("keep_global", "i64"))
     f.add_to("count_flush", 1)
     f.add_to("jump_key", 1 << 32)
+    listed = f.get("tlb_listed")
+    with f.If(listed.ugt(TLB_LIST)):
+        _flush_all(f)
+        f.ret()
+    at, kept = f.var(f.const(0, 64)), f.var(f.const(0, 64))
+    with f.Loop() as loop:
+        loop.break_if(at.get().uge(listed))
+        item = f.field("tlb_list").offset(at.get() * 4).load("i32", align=4)
+        keep = (item >> 31).zext(64) & f["keep_global"]
+        with f.If(keep.ne(0)):
+            f.field("tlb_list").offset(kept.get() * 4).store(item, align=4)
+            kept.set(kept.get() + 1)
+        with f.Else():
+            number = (item & (2 * TLB_ENTRIES - 1)).zext(64)
+            entry = f.field("tlb").offset(number * TLB_ENTRY)
+            _forget(f, entry, number & (TLB_ENTRIES - 1))
+        at.set(at.get() + 1)
+    f.set("tlb_listed", kept.get())
+    f.ret()
+    return f
+
+
+def _flush_all(f: Routine) -> None:
     at = f.var(f.const(0, 64))
     with f.Loop() as loop:
         index = at.get() & (TLB_ENTRIES - 1)
-        entry = f.field("tlb").offset(at.get() * TLB_ENTRY)
-        _forget(f, entry, index)
+        _forget(f, f.field("tlb").offset(at.get() * TLB_ENTRY), index)
         at.set(at.get() + 1)
         loop.break_if(at.get().eq(2 * TLB_ENTRIES))
-    f.ret()
-    return f
+    f.set("tlb_listed", 0)
+    f.set("large_low", ~0)
+    f.set("large_high", 0)
+
+
+def _list_entry(f: Routine, slot: Value, va: Value, found: Value) -> None:
+    """Notes that a TLB entry was filled; one more than fits means: flush all."""
+    n = f.get("tlb_listed")
+    number = ((slot.to_int() - f.field("tlb").to_int()) >> 5).trunc(32)
+    is_global = (found & OK_GLOBAL).ne(0).select(f.const(1 << 31, 32), f.const(0, 32))
+    with f.If((found & OK_LARGE).ne(0)):
+        low, high = f.get("large_low"), f.get("large_high")
+        first, last = va & ~(LARGEST - 1), va | (LARGEST - 1)
+        f.set("large_low", first.ult(low).select(first, low))
+        f.set("large_high", last.ugt(high).select(last, high))
+    with f.If(n.ult(TLB_LIST)):
+        f.field("tlb_list").offset(n * 4).store(number | is_global, align=4)
+    with f.If(n.ule(TLB_LIST)):
+        f.set("tlb_listed", n + 1)
 
 
 def _forget(f: Routine, entry: Value, index: Value) -> None:
@@ -263,9 +308,14 @@ def _forget(f: Routine, entry: Value, index: Value) -> None:
 
 
 def flush_page() -> Routine:
-    """flush_page(va): INVLPG. What may belong to the same large page goes too."""
+    """flush_page(va): INVLPG. Where large pages were seen, what may belong to the same one goes too."""
     f = Routine("flush_page", "void", ("va", "i64"))
     f.add_to("jump_key", 1 << 32)
+    index = (f.tlb_entry(f.supervisor_tlb(), f["va"]).to_int() - f.field("tlb").to_int()) >> 5
+    for tlb in (f.supervisor_tlb(), f.user_tlb()):
+        _forget(f, f.tlb_entry(tlb, f["va"]), index)
+    with f.If(f["va"].ult(f.get("large_low")) | f["va"].ugt(f.get("large_high"))):
+        f.ret()
     at = f.var(f.const(0, 64))
     with f.Loop() as loop:
         entry = f.field("tlb").offset(at.get() * TLB_ENTRY)
@@ -540,5 +590,3 @@ ROUTINES = (
     page_entry, walk, walk32, tlb_fill, flush_tlb, flush_page, protect_page, probe_read, fetch, mmio,
     probe_write, claim, commit, segment_slow, udiv128,
 )  # fmt: skip
-
-assert int(Flag.IF) == 0x200

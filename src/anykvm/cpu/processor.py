@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from anykvm.cpu import assist, events
 from anykvm.cpu.faults import GuestFault, Leave, Shutdown
 from anykvm.cpu.flags import read_rflags, write_rflags
-from anykvm.cpu.guest import DB
-from anykvm.cpu.state import REPLAY, TLB_ENTRIES, TLB_ENTRY, Exit, Flag, Mode, Seg, State, offset_of
+from anykvm.cpu.guest import DB, EVENT
+from anykvm.cpu.state import REPLAY, TLB_ENTRIES, TLB_ENTRY, TLB_LIST, Exit, Flag, Mode, Seg, State, offset_of
 
 if TYPE_CHECKING:
     from anykvm.cpu.engine import Engine
@@ -26,6 +26,7 @@ EFER_LMA = 1 << 10
 DR6_BS = 1 << 14
 DR6_FIXED = 0xFFFF_0FF0
 MASK64 = 2**64 - 1
+STEP, CODE64, TF, RF, IF = (int(f) for f in (Mode.STEP, Mode.CODE64, Flag.TF, Flag.RF, Flag.IF))
 RAX, RCX, RDX, RBX = range(4)
 
 
@@ -40,6 +41,7 @@ class Cpu:
         self._call = engine.runtime.call
         self._requested = False
         self._completion: Callable[[bytes], None] | None = None
+        self.state.tlb_listed = TLB_LIST + 1
         self.single_step = False  # leave with DEBUG after each instruction
         self.emulation_text = ""
         self._supervisor = self.address + offset_of("tlb")
@@ -87,7 +89,7 @@ class Cpu:
     def can_take_interrupt(self) -> bool:
         """IF is set and no STI or MOV SS holds interrupts off."""
         s = self.state
-        return bool(s.flags & Flag.IF) and not self.in_shadow()
+        return bool(s.flags & IF) and not self.in_shadow()
 
     def in_shadow(self) -> bool:
         s = self.state
@@ -117,7 +119,7 @@ class Cpu:
             mode |= Mode.SSE_NM
         if s.cr0 & CR0_EM or not s.cr4 & CR4_OSFXSR:
             mode |= Mode.SSE_UD
-        if s.flags & Flag.TF or s.dr7 & 0xFF or self.single_step:
+        if s.flags & TF or s.dr7 & 0xFF or self.single_step:
             mode |= Mode.STEP
         if not mode & Mode.CODE64:
             mode_word = int(mode) | (s.seg[Seg.CS].base & 0xFFF) << 16
@@ -128,7 +130,7 @@ class Cpu:
         s.sse_unmasked = int(~s.mxcsr & 0x1F80 != 0)
 
     def flush_tlb(self) -> None:
-        self._call["flush_tlb"](self.address)
+        self._call["flush_tlb"](self.address, 0)
 
     # Requests
     def request_exit(self) -> None:
@@ -150,7 +152,7 @@ class Cpu:
             if self.state.irq_pending and self.can_take_interrupt():
                 return Exit.IRQ_WINDOW
             try:
-                if self.state.mode & Mode.STEP:
+                if self.state.mode & STEP:
                     found = self._step()
                 else:
                     self._enter()
@@ -173,9 +175,9 @@ class Cpu:
 
     def _after(self) -> Exit | None:
         """Deals with why native code was left; an Exit if the caller must."""
-        kind = Exit(self.state.exit_kind)
+        kind = self.state.exit_kind
         handler = INTERNAL.get(kind)
-        return handler(self) if handler else kind
+        return handler(self) if handler else Exit(kind)
 
     def _requested_exit(self) -> Exit | None:
         return None  # `run` looks at what was requested
@@ -235,8 +237,8 @@ class Cpu:
     def _one(self) -> None:
         """Executes one instruction natively, or finds out that it leaves."""
         s = self.state
-        before = s.mode & Mode.STEP
-        s.mode |= Mode.STEP
+        before = s.mode & STEP
+        s.mode |= STEP
         try:
             while True:
                 gate = self.engine.gate
@@ -251,14 +253,14 @@ class Cpu:
                     return
         finally:
             if not before:
-                s.mode &= ~int(Mode.STEP)
+                s.mode &= ~STEP
 
     def _step(self) -> Exit | None:
         """One instruction under TF, breakpoints or a debugger."""
         s = self.state
         self._check_breakpoints()
-        tf = bool(s.flags & Flag.TF)
-        s.flags &= ~int(Flag.RF)
+        tf = bool(s.flags & TF)
+        s.flags &= ~RF
         faults, rip = s.count_exception, s.rip
         self._one()
         done = s.exit_kind == Exit.REQUEST
@@ -279,9 +281,9 @@ class Cpu:
     def _check_breakpoints(self) -> None:
         """Instruction breakpoints (SDM vol. 3, 17.2) at RIP: a fault, unless RF holds it off."""
         s = self.state
-        if s.flags & Flag.RF:
+        if s.flags & RF:
             return
-        linear = s.rip if s.mode & Mode.CODE64 else (s.rip + s.seg[Seg.CS].base) & 0xFFFF_FFFF
+        linear = s.rip if s.mode & CODE64 else (s.rip + s.seg[Seg.CS].base) & 0xFFFF_FFFF
         hit = 0
         for n in range(4):
             enabled = s.dr7 >> (2 * n) & 3
@@ -359,7 +361,7 @@ class Cpu:
         s = self.state
         s.count_interrupt += 1
         s.exc_has_error = 0
-        if not self._call["deliver"](self.address, vector, False):
+        if not self._call["deliver"](self.address, vector, EVENT):
             self._inject(vector, None, fault=False)
 
     def inject_nmi(self) -> None:
@@ -387,7 +389,7 @@ class Cpu:
         if length is None:
             t = self.engine.translator
             length = (t.rip_of(s.exit_record + 32) - t.rip_of(s.exit_record)) & 0xFFFF
-        mask = MASK64 if s.mode & Mode.CODE64 else 0xFFFF_FFFF
+        mask = MASK64 if s.mode & CODE64 else 0xFFFF_FFFF
         s.rip = (s.rip + length) & mask
         s.insn_count += 1
         s.replay_count = 0
@@ -450,7 +452,7 @@ class Cpu:
     _shutdown = False
 
 
-INTERNAL: dict[Exit, Callable[[Cpu], Exit | None]] = {
+INTERNAL: dict[int, Callable[[Cpu], Exit | None]] = {
     Exit.TRANSLATE: Cpu._translate,
     Exit.ASSIST: Cpu._assist,
     Exit.CODE_WRITE: Cpu._code_write,

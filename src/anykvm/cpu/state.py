@@ -21,6 +21,7 @@ u8, u16, u32, u64 = c_uint8, c_uint16, c_uint32, c_uint64
 
 PAGE = 4096
 TLB_ENTRIES = 1024  # per privilege
+TLB_LIST = 1024  # entries filled since the last flush that are remembered
 TLB_ENTRY = 32  # read tag, write tag, execute tag, host addend
 JUMP_ENTRIES = 4096
 JUMP_ENTRY = 32  # rip, mode, record, -
@@ -212,6 +213,10 @@ class State(ctypes.Structure):
         ("count_exception", u64),
         ("count_interrupt", u64),
         ("count_flush", u64),
+        ("tlb_listed", u64),
+        ("large_low", u64),  # addresses that large pages were seen to cover since everything was flushed
+        ("large_high", u64),
+        ("tlb_list", u32 * TLB_LIST),
         ("jump", (u64 * 4) * JUMP_ENTRIES),
         ("tlb", ((u64 * 4) * TLB_ENTRIES) * 2),  # [0] supervisor, [1] user
     ]
@@ -310,6 +315,7 @@ class State(ctypes.Structure):
     count_exception: int
     count_interrupt: int
     count_flush: int
+    tlb_listed: int
 
 
 def offset_of(field: str) -> int:

@@ -35,8 +35,14 @@ MAX_RECORDS = 1 << 23
 MAX_BLOCKS = 1 << 20
 
 HEAD = struct.Struct("<Q16sQ")
-ENTRY = struct.Struct("<QQQQQ")
-CODE_MODE = Mode.CODE32 | Mode.CODE64 | Mode.STACK32 | Mode.PROTECTED | Mode.NM | Mode.SSE_UD | Mode.SSE_NM
+PAIR, WORD = struct.Struct("<QQ"), struct.Struct("<Q")
+NO_MODE = 2**64 - 1
+CODE_MODE = int(
+    Mode.CODE32 | Mode.CODE64 | Mode.STACK32 | Mode.PROTECTED | Mode.NM | Mode.SSE_UD | Mode.SSE_NM
+)
+STEP, CODE64 = int(Mode.STEP), int(Mode.CODE64)
+POLL, SEEK, LINK, MISSING = Form("poll"), Form("seek"), Form("link"), Form("missing")
+NO_FIELDS = bytes(16)
 
 assert insn.__all__  # imported for the rows that it declares
 
@@ -126,24 +132,31 @@ class Translator:
             raise CodeFull
         self._next = n + 1
         HEAD.pack_into(self._records, n * RECORD, self.handler(form), fields, aux & (2**64 - 1))
-        struct.pack_into("<Q", self._rips, n * 8, rip)
+        WORD.pack_into(self._rips, n * 8, rip)
         return self.records + n * RECORD
 
     def set_aux(self, record: int, aux: int) -> None:
-        struct.pack_into("<Q", self._records, record - self.records + 24, aux)
+        WORD.pack_into(self._records, record - self.records + 24, aux)
 
     def _publish(self, rip: int, host: int, mode: int, record: int, second: int) -> None:
+        """Enters a block. Readers take no lock: an entry matches nothing until its mode is written, last."""
         mask = MAX_BLOCKS - 1
         if self._used * 2 > MAX_BLOCKS:
             raise CodeFull
-        slot = block_slot(rip, host, mask)
-        while struct.unpack_from("<Q", self._table, slot * BLOCK_ENTRY + 24)[0]:
-            slot = (slot + 1) & mask
-        at = slot * BLOCK_ENTRY
-        struct.pack_into("<QQQ", self._table, at, rip, host, mode)
-        struct.pack_into("<Q", self._table, at + 32, second)
-        struct.pack_into("<Q", self._table, at + 24, record)
-        self._used += 1
+        at = block_slot(rip, host, mask) * BLOCK_ENTRY
+        table = self._table
+        while True:
+            used_mode, used_record = PAIR.unpack_from(table, at + 16)
+            if not used_record:
+                self._used += 1
+                break
+            if used_mode == NO_MODE:
+                break
+            at = (at + BLOCK_ENTRY) % (MAX_BLOCKS * BLOCK_ENTRY)
+        PAIR.pack_into(table, at + 16, NO_MODE, used_record)
+        PAIR.pack_into(table, at, rip, host)
+        PAIR.pack_into(table, at + 24, record, second)
+        WORD.pack_into(table, at + 16, mode)
         self.blocks[rip, host, mode] = record
 
     def _withdraw(self, rip: int, host: int, mode: int, record: int) -> None:
@@ -153,9 +166,9 @@ class Translator:
         del self.blocks[rip, host, mode]
         mask = MAX_BLOCKS - 1
         slot = block_slot(rip, host, mask)
-        while struct.unpack_from("<Q", self._table, slot * BLOCK_ENTRY + 24)[0] != record:
+        while WORD.unpack_from(self._table, slot * BLOCK_ENTRY + 24)[0] != record:
             slot = (slot + 1) & mask
-        struct.pack_into("<Q", self._table, slot * BLOCK_ENTRY + 16, 2**64 - 1)
+        WORD.pack_into(self._table, slot * BLOCK_ENTRY + 16, NO_MODE)
 
     # Units
     def translate(
@@ -212,11 +225,11 @@ class Translator:
         dead = self.handler(Form("dropped"))
         for unit in page.take_overlapping(start, end):
             for rip, home, mode, record in unit.heads:
-                struct.pack_into("<Q", self._records, record - self.records, dead)
+                WORD.pack_into(self._records, record - self.records, dead)
                 self._withdraw(rip, home, mode, record)
 
     def rip_of(self, record: int) -> int:
-        return int(struct.unpack_from("<Q", self._rips, (record - self.records) >> 2)[0])
+        return int(WORD.unpack_from(self._rips, (record - self.records) >> 2)[0])
 
     def reset(self) -> None:
         """Forgets every translation. No vCPU may be in native code."""
@@ -234,14 +247,13 @@ class UnitBuilder:
     ) -> None:
         self.t, self.rip, self.mode, self.host, self.code = t, rip, mode, host, code
         self.base = base
-        self.mask = 2**64 - 1 if mode & Mode.CODE64 else 2**32 - 1
+        self.mask = 2**64 - 1 if mode & CODE64 else 2**32 - 1
         self.decoder = t.decoder(mode & CODE_MODE)
         self.heads: list[tuple[int, int]] = []
         self.pending: list[Pending] = []
         self.length = 0  # bytes
         self.count = 0  # instructions
         self._uncounted = 0
-        self._closed = False
 
     @property
     def at(self) -> int:
@@ -250,13 +262,13 @@ class UnitBuilder:
     def straight(self) -> bool:
         """Translates until something ends the unit; False if not even one instruction lies in the page."""
         branches, fresh, shadow = 0, True, False
-        limit = 1 if self.mode & Mode.STEP else UNIT_INSNS
+        limit = 1 if self.mode & STEP else UNIT_INSNS
         while True:
             decoded = self.decoder.decode(self.code[self.length : self.length + 15], self.at)
             if decoded is None:
                 if not self.count:
                     return False
-                self._end("seek")
+                self._end()
                 return True
             if fresh and self.count and (self.at, self.host, self.mode) in self.t.blocks:
                 self._link()
@@ -267,16 +279,16 @@ class UnitBuilder:
                 fresh = False
             self._step(decoded)
             if decoded.ends:
-                self._end("seek")
+                self._end()
                 return True
             if shadow:
-                self.t._record(Form("poll"), bytes(16), 0, self.at)
+                self.t._record(POLL, NO_FIELDS, 0, self.at)
             shadow = decoded.shadow
             if decoded.falls_through:
                 branches += 1
                 fresh = True
             if self.count >= limit or branches > UNIT_BRANCHES or self.length >= len(self.code):
-                self._end("seek")
+                self._end()
                 return True
 
     def single(self, code: bytes) -> None:
@@ -285,7 +297,7 @@ class UnitBuilder:
         assert decoded is not None
         self.heads.append((self.at, self._emit(decoded)))
         self._step(decoded)
-        self._end("seek")
+        self._end()
 
     def _step(self, decoded: Decoded) -> None:
         self.length += decoded.length
@@ -302,11 +314,10 @@ class UnitBuilder:
             self.pending.append(Pending(record, d.target & self.mask))
         return record
 
-    def _end(self, kind: str) -> None:
+    def _end(self) -> None:
         """On to the next instruction by a look-up (a poll when stepping)."""
         self._count_rest()
-        self.t._record(Form("poll" if self.mode & Mode.STEP else kind), self._fields(), 0, self.at)
-        self._closed = True
+        self.t._record(POLL if self.mode & STEP else SEEK, self._fields(), 0, self.at)
 
     def _count_rest(self) -> None:
         self._tail_count, self._uncounted = self._uncounted, 0
@@ -317,7 +328,7 @@ class UnitBuilder:
     def _link(self) -> None:
         self._count_rest()
         target = self.t.blocks[self.at, self.host, self.mode]
-        self.t._record(Form("link"), self._fields(), target, self.at)
+        self.t._record(LINK, self._fields(), target, self.at)
 
     def finish(self) -> None:
         """Gives every branch its target, or a record that finds it."""
@@ -326,15 +337,15 @@ class UnitBuilder:
         page = (self.rip + self.base) & ~(PAGE - 1)
         for record, target in self.pending:
             known = own.get(target) or t.blocks.get((target, self.host, self.mode))
-            if self.mode & Mode.STEP:
-                stub = t._record(Form("poll"), bytes(16), 0, target)
-                t._record(Form("seek"), bytes(16), 0, target)
+            if self.mode & STEP:
+                stub = t._record(POLL, NO_FIELDS, 0, target)
+                t._record(SEEK, NO_FIELDS, 0, target)
             elif (target + self.base) & ~(PAGE - 1) != page:
-                stub = t._record(Form("seek"), bytes(16), 0, target)
+                stub = t._record(SEEK, NO_FIELDS, 0, target)
             elif known is not None:
                 stub = known
             else:
-                stub = t._record(Form("missing"), bytes(16), record, target)
+                stub = t._record(MISSING, NO_FIELDS, record, target)
             t.set_aux(record, stub)
 
 

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from errno import E2BIG, EINVAL, ENOTTY
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from anykvm.fs.task import current
 from anykvm.fs.trace import call
@@ -18,11 +18,14 @@ from anykvm.fs.uaccess import UserMemory
 from anykvm.kvm.errors import fail
 from anykvm.uapi.kvm import IOCTLS
 
+if TYPE_CHECKING:
+    from _ctypes import _CData
+
 T = TypeVar("T")
 A = TypeVar("A")
-C = TypeVar("C", bound=Any)  # a ctypes type
+C = TypeVar("C", bound="_CData")
 H = TypeVar("H", bound=ctypes.Structure)
-E = TypeVar("E", bound=Any)
+E = TypeVar("E")
 
 
 class Arg(Protocol[A]):
@@ -56,7 +59,8 @@ class In(Generic[C]):
         self.size = ctypes.sizeof(kind)
 
     def copy_in(self, mm: UserMemory, address: int) -> C:
-        value: C = self.kind.from_buffer_copy(mm.read(address, self.size))
+        value = self.kind()
+        mm.read_into(address, value)
         return value
 
     def copy_out(self, mm: UserMemory, address: int, value: C) -> None:
@@ -88,13 +92,18 @@ class Tail(Generic[H, E]):
     entries: Sequence[E]
 
 
+def _joined(entries: Sequence[Any]) -> bytes:
+    return b"".join(bytes(entry) for entry in entries)
+
+
 class InTail(Generic[H, E]):
     """A header with a count, followed by that many entries; more than `limit` is `too_many`."""
 
     def __init__(
         self, header: type[H], entry: type[E], count: str, limit: int, too_many: int = E2BIG
     ) -> None:
-        self.header, self.entry, self.count = header, entry, count
+        self.header, self.count = header, count
+        self.entry: Any = entry  # a ctypes type, which its stubs cannot multiply
         self.limit, self.too_many = limit, too_many
         self.offset = ctypes.sizeof(header)
 
@@ -119,7 +128,7 @@ class InOutTail(InTail[H, E]):
 
     def copy_out(self, mm: UserMemory, address: int, value: Tail[H, E]) -> None:
         if value.entries:
-            mm.write(address + self.offset, b"".join(map(bytes, value.entries)))
+            mm.write(address + self.offset, _joined(value.entries))
 
 
 class OutTail(InTail[H, E]):
@@ -147,7 +156,7 @@ class OutTail(InTail[H, E]):
         if room < needed:
             raise fail(E2BIG, f"{needed} entries do not fit the {room} that {self.count} allows")
         if needed:
-            mm.write(address + self.offset, b"".join(map(bytes, value.entries)))
+            mm.write(address + self.offset, _joined(value.entries))
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,9 @@ from anykvm.kvm.vcpu_ioctl import kvm_vcpu_fops
 from anykvm.uapi import kvm as uapi
 
 kvm_vm_ioctls: IoctlTable[Kvm] = IoctlTable("kvm_vm_ioctl")
-INTC = Need(Kvm.kvm_arch_intc_initialized, ENXIO, "there is no in-kernel interrupt controller")
+INTC: Need[Kvm] = Need(
+    lambda kvm: kvm.kvm_arch_intc_initialized(), ENXIO, "there is no in-kernel interrupt controller"
+)
 
 
 @kvm_vm_ioctls.row("KVM_CREATE_VCPU", Value())

@@ -28,6 +28,8 @@ DEFAULT_COMMAND_LINE = (
     "reboot=panic_warm",
     # The PCI bus is empty, which Linux takes for a fatal error unless told that mechanism #1 works.
     "pci=conf1,noearly",
+    # The self-tests of every cipher would take a fifth of the boot.
+    "cryptomgr.notests",
     # One serial line is all there is to find.
     "8250.nr_uarts=1",
 )
@@ -82,7 +84,12 @@ class Boot:
         self.options = options
         self.kernel = parse_kernel(read_file(options.kernel, "kernel"), str(options.kernel))
         self.initrd = read_file(options.initrd, "initrd") if options.initrd else b""
-        self.acpi = build_acpi(list(range(options.cpus)))
+        if options.cpus < 1:
+            raise BootError(f"{options.cpus} CPUs: expected 1 or more")
+        try:
+            self.acpi = build_acpi(list(range(options.cpus)))
+        except ValueError as error:
+            raise BootError(str(error)) from error
         check_fit(self.kernel, options.memory, len(self.initrd), options.command_line)
 
     def load(self, machine: Machine) -> LoadedKernel:
@@ -101,12 +108,15 @@ class Boot:
         vcpu.set_regs(entry_regs(loaded.entry, loaded.zero_page))
         return loaded
 
-    def machine(self, console_output: Callable[[bytes], None]) -> Machine:
+    def machine(
+        self,
+        console_output: Callable[[bytes], None],
+        debug_output: Callable[[bytes], None] | None = None,
+    ) -> Machine:
         """The machine with the kernel in it, ready to run."""
         options = self.options
-        machine = Machine(
-            MachineConfig(options.memory, options.cpus, options.backend), console_output
-        )
+        config = MachineConfig(options.memory, options.cpus, options.backend)
+        machine = Machine(config, console_output, debug_output)
         try:
             self.load(machine)
         except BaseException:

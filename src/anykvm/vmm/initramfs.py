@@ -3,7 +3,7 @@
 Without a command `/init` prints `MARKER` and gives an interactive shell on the serial line. With
 one it runs the command, whose text lies in a file of the archive (any text works), and nothing else
 is printed. Either way the exit status leaves the guest through the exit port. Debian's cloud kernel
-has no /dev/port, so a program of some ninety bytes writes it. The archive is not compressed, since
+has no /dev/port, so a static program of 200 bytes writes it. The archive is not compressed, since
 the guest would spend longer unpacking it than the host saves; the same input makes the same bytes.
 """
 

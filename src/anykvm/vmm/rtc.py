@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from anykvm.vmm.device_table import DeviceRow, IrqLine, Platform, Space, Window, register
 
 RTC_PORT = 0x70
 RTC_IRQ = 8
 NS_PER_SECOND = 1_000_000_000
+SECONDS_PER_DAY = 86400
 
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM = range(6)
 DAY_OF_WEEK, DAY_OF_MONTH, MONTH, YEAR, REG_A, REG_B, REG_C, REG_D = range(6, 14)
@@ -194,20 +196,20 @@ class Rtc:
         self.state.cells[CENTURY] = self._encode(now.tm_year // 100)
 
     def _set_time(self) -> None:
-        """Take the time from the registers. An impossible date leaves the clock as it is."""
+        """Take the time from the registers. An impossible one leaves the clock as it is."""
         if self._stopped():
             return
-        cells = self.state.cells
-        decode = self._decode
+        cells, decode = self.state.cells, self._decode
         year = decode(cells[CENTURY]) * 100 + decode(cells[YEAR])
-        month, day = decode(cells[MONTH]), decode(cells[DAY_OF_MONTH])
-        if not (1 <= month <= 12 and year and 1 <= day <= calendar.monthrange(year, month)[1]):
-            return
+        date = (year, decode(cells[MONTH]), decode(cells[DAY_OF_MONTH]))
         hour = self._decode_hour(cells[HOURS])
-        fields = (year, month, day, hour, decode(cells[MINUTES]), decode(cells[SECONDS]))
+        try:
+            moment = datetime(*date, hour, decode(cells[MINUTES]), decode(cells[SECONDS]))
+        except ValueError:
+            return
         wall = self._wall_clock()
         within = (wall + self.state.offset) % NS_PER_SECOND
-        self.state.offset = calendar.timegm(fields) * NS_PER_SECOND + within - wall
+        self.state.offset = calendar.timegm(moment.timetuple()) * NS_PER_SECOND + within - wall
         self.state.synced = self._now()
 
     def _encode(self, value: int) -> int:
@@ -249,28 +251,17 @@ class Rtc:
         """The first second after `after` that matches the alarm, in ns; None if none ever does."""
         cells = self.state.cells
         fields = (
-            self._matching(cells[HOURS_ALARM], self._decode_hour, 24),
-            self._matching(cells[MINUTES_ALARM], self._decode, 60),
-            self._matching(cells[SECONDS_ALARM], self._decode, 60),
+            _matching(cells[HOURS_ALARM], self._decode_hour, 24),
+            _matching(cells[MINUTES_ALARM], self._decode, 60),
+            _matching(cells[SECONDS_ALARM], self._decode, 60),
         )
-        midnight = after - after % 86400
-        days = (midnight, midnight + 86400)
-        matches = (
-            day + 3600 * hour + 60 * minute + second
-            for day in days
-            for hour in fields[0]
-            for minute in fields[1]
-            if day + 3600 * hour + 60 * minute + 59 > after
-            for second in fields[2]
-        )
-        found = next((moment for moment in matches if moment > after), None)
-        return None if found is None else found * NS_PER_SECOND
-
-    @staticmethod
-    def _matching(value: int, decode: Callable[[int], int], count: int) -> tuple[int, ...]:
-        if value & ALARM_ANY == ALARM_ANY:
-            return tuple(range(count))
-        return (decode(value),) if decode(value) < count else ()
+        if not all(fields):
+            return None
+        midnight, second = divmod(after + 1, SECONDS_PER_DAY)
+        found = _first_match(fields, second)
+        if found is None:
+            found = SECONDS_PER_DAY + 3600 * fields[0][0] + 60 * fields[1][0] + fields[2][0]
+        return (midnight * SECONDS_PER_DAY + found) * NS_PER_SECOND
 
     def _sync(self) -> None:
         """Set the flags of all that happened since the last look."""
@@ -286,6 +277,34 @@ class Rtc:
         if level != self._level:
             self._level = level
             self._irq(level)
+
+
+def _matching(value: int, decode: Callable[[int], int], count: int) -> range:
+    """The values that an alarm register matches."""
+    if value & ALARM_ANY == ALARM_ANY:
+        return range(count)
+    decoded = decode(value)
+    return range(decoded, decoded + 1) if decoded < count else range(0)
+
+
+def _first(values: range, least: int) -> int | None:
+    found = max(values.start, least)
+    return found if found < values.stop else None
+
+
+def _first_match(fields: tuple[range, range, range], second_of_day: int) -> int | None:
+    """The first second of the day, from one on, whose hour, minute and second all match."""
+    hours, minutes, seconds = fields
+    hour, minute, second = second_of_day // 3600, second_of_day // 60 % 60, second_of_day % 60
+    if hour in hours:
+        at = _first(seconds, second) if minute in minutes else None
+        if at is not None:
+            return 3600 * hour + 60 * minute + at
+        at = _first(minutes, minute + 1)
+        if at is not None:
+            return 3600 * hour + 60 * at + seconds[0]
+    at = _first(hours, hour + 1)
+    return None if at is None else 3600 * at + 60 * minutes[0] + seconds[0]
 
 
 def _build(platform: Platform) -> Rtc:

@@ -126,7 +126,7 @@ class Leaf(NamedTuple):
 
     function: int
     regs: Regs = (0, 0, 0, 0)
-    index: int | None = None  # None: the subleaf does not matter
+    subleaf: int | None = None  # None: it does not matter
 
 
 def _text(text: str, size: int) -> list[int]:
@@ -173,13 +173,13 @@ def leaves() -> tuple[Leaf, ...]:
         Leaf(4, _cache(1, 1, 32, 8), 0),
         Leaf(4, _cache(2, 1, 32, 8), 1),
         Leaf(4, _cache(3, 2, l2, 16), 2),
-        Leaf(4, index=3),
+        Leaf(4, subleaf=3),
         Leaf(5),
         Leaf(6),
-        Leaf(7, index=0),
+        Leaf(7, subleaf=0),
         Leaf(0xA),
-        Leaf(0xB, index=0),  # no topology but what the VMM enters
-        Leaf(0xD, index=0),
+        Leaf(0xB, subleaf=0),  # no topology but what the VMM enters
+        Leaf(0xD, subleaf=0),
         Leaf(0x15, _tsc_leaf()),
         Leaf(0x16, (mhz, mhz, 100, 0)),
         Leaf(KVM_SIGNATURE, _kvm_signature()),
@@ -199,13 +199,13 @@ def leaves() -> tuple[Leaf, ...]:
 def _entry(leaf: Leaf) -> kvm_cpuid_entry2:
     regs = list(leaf.regs)
     for feature in FEATURES:
-        if feature.on and feature.function == leaf.function and not leaf.index:
+        if feature.on and feature.function == leaf.function and not leaf.subleaf:
             regs[feature.reg] |= 1 << feature.bit
-    flags = 0 if leaf.index is None else KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+    flags = 0 if leaf.subleaf is None else KVM_CPUID_FLAG_SIGNIFCANT_INDEX
     eax, ebx, ecx, edx = regs
     return kvm_cpuid_entry2(
         function=leaf.function,
-        index=leaf.index or 0,
+        index=leaf.subleaf or 0,
         flags=flags,
         eax=eax,
         ebx=ebx,

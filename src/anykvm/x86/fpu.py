@@ -7,6 +7,7 @@ them in physical order with two tag bits.
 from __future__ import annotations
 
 import struct
+from ctypes import memmove
 from errno import EINVAL
 
 from anykvm.cpu.state import State
@@ -60,7 +61,7 @@ def _set_x87(state: State, control: tuple[int, ...], stack: list[bytes]) -> None
     """`control` is FCW, FSW, abridged tag, opcode, instruction and data pointer."""
     state.fpu_cw, state.fpu_sw, abridged, state.fpu_op, state.fpu_ip, state.fpu_dp = control
     for i, register in enumerate(stack):
-        state.st[_top(state) + i & 7][:] = register[:10].ljust(16, b"\0")
+        memmove(state.st[_top(state) + i & 7], register[:10].ljust(16, b"\0"), 16)
     state.fpu_tag = full_tag(state, abridged)
 
 
@@ -114,7 +115,7 @@ def xrstor(vcpu: VcpuX86, raw: bytes) -> None:
     low = _pieces(raw, XMM_OFFSET, 16) if used & XFEATURE_SSE else zero * 16
     high = _pieces(raw, YMM_OFFSET, 16) if used & XFEATURE_YMM else zero * 16
     for i in range(16):
-        state.xmm[i][:32] = low[i] + high[i]
+        memmove(state.xmm[i], low[i] + high[i], 32)
     _set_mxcsr(vcpu, mxcsr if used & (XFEATURE_SSE | XFEATURE_YMM) else MXCSR_INIT)
 
 
@@ -122,9 +123,9 @@ def xrstor(vcpu: VcpuX86, raw: bytes) -> None:
 def kvm_arch_vcpu_ioctl_get_fpu(vcpu: VcpuX86, fpu: uapi.kvm_fpu) -> None:
     state = vcpu.state
     for i, register in enumerate(_get_stack(state)):
-        fpu.fpr[i][:] = register
+        memmove(fpu.fpr[i], register, 16)
     for i in range(16):
-        fpu.xmm[i][:] = bytes(state.xmm[i][:16])
+        memmove(fpu.xmm[i], state.xmm[i], 16)
     fpu.fcw, fpu.fsw, fpu.ftwx = state.fpu_cw, state.fpu_sw, abridged_tag(state)
     fpu.last_opcode, fpu.last_ip, fpu.last_dp = state.fpu_op, state.fpu_ip, state.fpu_dp
     fpu.mxcsr = state.mxcsr
@@ -135,19 +136,19 @@ def kvm_arch_vcpu_ioctl_set_fpu(vcpu: VcpuX86, fpu: uapi.kvm_fpu) -> None:
     control = (fpu.fcw, fpu.fsw, fpu.ftwx, fpu.last_opcode, fpu.last_ip, fpu.last_dp)
     _set_x87(vcpu.state, control, [bytes(register) for register in fpu.fpr])
     for i in range(16):
-        vcpu.state.xmm[i][:16] = bytes(fpu.xmm[i])
+        memmove(vcpu.state.xmm[i], fpu.xmm[i], 16)
     _set_mxcsr(vcpu, fpu.mxcsr)
 
 
 @vcpu_ioctls.row("KVM_GET_XSAVE", Out(uapi.kvm_xsave), uapi.KVM_CAP_XSAVE)
 def kvm_vcpu_ioctl_x86_get_xsave(vcpu: VcpuX86, area: uapi.kvm_xsave) -> None:
-    area.region[:] = struct.unpack(f"<{XSAVE_SIZE // 4}I", xsave(vcpu.state))
+    memmove(area.region, xsave(vcpu.state), XSAVE_SIZE)
 
 
 @vcpu_ioctls.row("KVM_GET_XSAVE2", Out(uapi.kvm_xsave), uapi.KVM_CAP_XSAVE2)
 def kvm_vcpu_ioctl_x86_get_xsave2(vcpu: VcpuX86, area: uapi.kvm_xsave) -> None:
     """As KVM_GET_XSAVE: no component reaches beyond 4096 bytes."""
-    area.region[:] = struct.unpack(f"<{XSAVE_SIZE // 4}I", xsave(vcpu.state))
+    memmove(area.region, xsave(vcpu.state), XSAVE_SIZE)
 
 
 @vcpu_ioctls.row("KVM_SET_XSAVE", In(uapi.kvm_xsave), uapi.KVM_CAP_XSAVE)

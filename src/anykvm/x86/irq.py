@@ -27,8 +27,7 @@ from anykvm.x86.i8254 import Pit
 from anykvm.x86.i8259 import PIC_NUM_PINS, PIC_PORTS, Pic
 from anykvm.x86.ioapic import IOAPIC_DEFAULT_BASE_ADDRESS, IOAPIC_MEM_LENGTH, Ioapic
 from anykvm.x86.kvm_host import IrqchipMode, KvmX86, Request, VcpuX86
-from anykvm.x86.lapic import Lapic, LapicOutputs
-from anykvm.x86.lapic_regs import LapicIrq
+from anykvm.x86.lapic import Lapic, LapicIrq, LapicOptions, LapicOutputs, LapicTime
 
 MSI_DEST_SHIFT, MSI_EXT_DEST_SHIFT = 12, 5
 MSI_REDIRECT_HINT, MSI_LOGICAL = 1 << 3, 1 << 2
@@ -125,17 +124,14 @@ class InKernelIrqchip:
             timer_changed=partial(rearm_lapic, vcpu),
             map_changed=self.map_changed,
         )
-        return Lapic(
-            vcpu.vcpu_id,
-            outputs,
-            time.monotonic_ns,
-            vcpu.guest_tsc,
-            lambda: vcpu.tsc_khz,
+        clock = LapicTime(time.monotonic_ns, vcpu.guest_tsc, lambda: vcpu.tsc_khz)
+        options = LapicOptions(
             bsp=vcpu.is_bsp,
             directed_eoi=self.kvm.irqchip_mode is IrqchipMode.SPLIT,
             x2apic_broadcast_quirk=self.kvm.x2apic_broadcast_quirk,
             lint0_reenabled=not self.kvm.disabled_quirks & uapi.KVM_X86_QUIRK_LINT0_REENABLED,
         )
+        return Lapic(vcpu.vcpu_id, outputs, clock, options)
 
     # Timers, on the VM's own thread.
 

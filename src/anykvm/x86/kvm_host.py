@@ -80,6 +80,7 @@ class KvmX86(Kvm):
         self.bsp_vcpu_id = 0
         self.tss_addr = 0
         self.identity_map_addr = IDENTITY_MAP_DEFAULT
+        self.nr_mmu_pages = 0
         self.disabled_quirks = 0
         self.nr_reserved_ioapic_pins = 0
         self.x2apic_format = False

@@ -15,6 +15,8 @@ from anykvm.x86.kvm_host import MASK64, KvmX86, Request, VcpuX86
 from anykvm.x86.lapic_regs import ApicFault
 
 KVM_MAX_MCE_BANKS = 32
+MSR_IA32_TSC_ADJUST, MSR_IA32_MCG_CAP = 0x3B, 0x179
+MSR_KVM_SYSTEM_TIME_NEW = 0x4B564D01
 MCG_CTL_P, MCG_SER_P = 1 << 8, 1 << 24
 MCE_CAP_SUPPORTED = MCG_CTL_P | MCG_SER_P | KVM_MAX_MCE_BANKS
 MCE_CAP_DEFAULT = MCG_CTL_P | KVM_MAX_MCE_BANKS
@@ -202,25 +204,25 @@ def _write_tsc(vcpu: VcpuX86, value: int, host: bool) -> bool:
     vcpu.set_guest_tsc(value)
     if not host:
         change = vcpu.state.tsc_offset - before
-        vcpu.msrs[0x3B] = vcpu.msrs.get(0x3B, 0) + change & MASK64
+        vcpu.msrs[MSR_IA32_TSC_ADJUST] = vcpu.msrs.get(MSR_IA32_TSC_ADJUST, 0) + change & MASK64
     return True
 
 
 def _read_tsc_adjust(vcpu: VcpuX86) -> int:
-    return vcpu.msrs.get(0x3B, 0)
+    return vcpu.msrs.get(MSR_IA32_TSC_ADJUST, 0)
 
 
 def _write_tsc_adjust(vcpu: VcpuX86, value: int, host: bool) -> bool:
     """A write by the guest moves its TSC by as much; the VMM restores the register alone."""
     if not host:
-        change = value - vcpu.msrs.get(0x3B, 0)
+        change = value - vcpu.msrs.get(MSR_IA32_TSC_ADJUST, 0)
         vcpu.set_tsc_offset(vcpu.state.tsc_offset + change & MASK64)
-    vcpu.msrs[0x3B] = value
+    vcpu.msrs[MSR_IA32_TSC_ADJUST] = value
     return True
 
 
 _enter(0x10, Msr("tsc", VcpuX86.guest_tsc, _write_tsc))
-_enter(0x3B, Msr("tsc_adjust", _read_tsc_adjust, _write_tsc_adjust, reset=0))
+_enter(MSR_IA32_TSC_ADJUST, Msr("tsc_adjust", _read_tsc_adjust, _write_tsc_adjust, reset=0))
 
 # The local APIC.
 
@@ -267,17 +269,17 @@ SYSTEM_TIME_ENABLE = 1
 
 def update_pvclock(vcpu: VcpuX86) -> None:
     """Write the vCPU's time page, if the guest has enabled it."""
-    msr = vcpu.msrs.get(0x4B564D01, 0)
+    msr = vcpu.msrs.get(MSR_KVM_SYSTEM_TIME_NEW, 0)
     if msr & SYSTEM_TIME_ENABLE:
         vcpu.pvclock.update(vcpu.kvm.kvm_write_guest, msr & ~1, vcpu.state.tsc_offset)
 
 
 def _read_system_time(vcpu: VcpuX86) -> int:
-    return vcpu.msrs.get(0x4B564D01, 0)
+    return vcpu.msrs.get(MSR_KVM_SYSTEM_TIME_NEW, 0)
 
 
 def _write_system_time(vcpu: VcpuX86, value: int, host: bool) -> bool:
-    vcpu.msrs[0x4B564D01] = value
+    vcpu.msrs[MSR_KVM_SYSTEM_TIME_NEW] = value
     vcpu.requests.add(Request.CLOCK_UPDATE)
     return True
 
@@ -296,7 +298,7 @@ def _write_wall_clock(vcpu: VcpuX86, value: int, host: bool) -> bool:
     return True
 
 
-for _index in (0x4B564D01, 0x12):
+for _index in (MSR_KVM_SYSTEM_TIME_NEW, 0x12):
     _enter(_index, Msr("kvm_system_time", _read_system_time, _write_system_time))
 for _index in (0x4B564D00, 0x11):
     _enter(_index, Msr("kvm_wall_clock", _read_wall_clock, _write_wall_clock))
@@ -331,7 +333,7 @@ def _bank(index: int) -> None:
     _enter(index, Msr(f"mc{(index - 0x400) // 4}_{index % 4}", read, write, False, reset=0))
 
 
-_stored(0x179, "mcg_cap", MCE_CAP_DEFAULT, guest_writes=False, listed=False)
+_stored(MSR_IA32_MCG_CAP, "mcg_cap", MCE_CAP_DEFAULT, guest_writes=False, listed=False)
 _stored(0x17A, "mcg_status", 0)
 _stored(0x17B, "mcg_ctl", 0, lambda v: v in (0, MASK64))
 for _index in range(0x400, 0x400 + 4 * KVM_MAX_MCE_BANKS):
@@ -395,8 +397,8 @@ def kvm_set_msr(vcpu: VcpuX86, index: int, value: int, host: bool) -> bool:
 
 def reset_msrs(vcpu: VcpuX86) -> None:
     """Power-on values of what is stored here."""
-    kept = {0x179: vcpu.msrs[0x179]} if 0x179 in vcpu.msrs else {}
-    vcpu.msrs = kept
+    configured = (MSR_IA32_MCG_CAP,)  # by the VMM, not by the guest
+    vcpu.msrs = {index: vcpu.msrs[index] for index in configured if index in vcpu.msrs}
 
 
 def msr_index_list() -> list[int]:

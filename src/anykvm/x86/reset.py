@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes import memset, sizeof
+
 from anykvm.cpu.state import Seg, State
 from anykvm.x86.kvm_host import Request, VcpuX86
 from anykvm.x86.msrs import reset_msrs
@@ -25,8 +27,7 @@ def _segment(state: State, seg: Seg, selector: int, base: int, attr: int) -> Non
 def _reset_segments(state: State) -> None:
     for seg in (Seg.ES, Seg.SS, Seg.DS, Seg.FS, Seg.GS):
         _segment(state, seg, 0, 0, ATTR_DATA)
-    _segment(state, Seg.CS, SIGNATURE_UNKNOWN = 0x600  # of a vCPU that was given no CPUID
-RESET_SELECTOR, RESET_BASE, ATTR_CODE)
+    _segment(state, Seg.CS, RESET_SELECTOR, RESET_BASE, ATTR_CODE)
     _segment(state, Seg.LDTR, 0, 0, ATTR_LDT)
     _segment(state, Seg.TR, 0, 0, ATTR_TSS32_BUSY)
     state.gdt_base = state.idt_base = 0
@@ -47,9 +48,9 @@ def _reset_system(state: State, init_event: bool) -> None:
 def _reset_units(state: State) -> None:
     """What INIT leaves alone: x87, SSE, and the MSRs that the processor keeps."""
     for i in range(8):
-        state.st[i][:] = bytes(16)
+        memset(state.st[i], 0, sizeof(state.st[i]))
     for register in state.xmm:
-        register[:] = bytes(64)
+        memset(register, 0, sizeof(register))
     state.fpu_cw, state.fpu_sw, state.fpu_tag = FCW_INIT, 0, 0xFFFF
     state.fpu_ip = state.fpu_dp = state.fpu_op = 0
     state.mxcsr, state.xcr0, state.pat = MXCSR_INIT, 1, PAT_INIT

@@ -7,7 +7,7 @@ What the running kernel does thousands of times a second is native here. An inst
 from __future__ import annotations
 
 from anykvm.cpu.forms import Insn, Memory, row
-from anykvm.cpu.guest import GP, UD, Handler
+from anykvm.cpu.guest import GP, SOFTWARE, UD, Handler
 from anykvm.cpu.insn.integer import RCX, write_gpr
 from anykvm.cpu.ir import Value
 from anykvm.cpu.state import STATUS_FLAGS, Exit, Flag, Seg
@@ -226,14 +226,17 @@ def iret(i: Insn) -> None:
     h.go_to_rip(rip, tlb=tlb)
 
 
-@row("int3", "into", "int1", writes=(), ends=True)
-def trap(i: Insn, name: str) -> None:
-    """Delivered by Python like INT n, for the gate's privilege matters."""
+@row("int", writes=(), ends=True)
+def software_interrupt(i: Insn) -> None:
+    """Where the gate's privilege allows and delivery is simple; else Python's."""
     h = i.h
-    if name == "into":
-        with h.If(h.flags.of() ^ 1):
-            h.go_to_rip(h.next_rip())
-    h.leave(Exit.ASSIST)
+    vector = h.immediate(64) & 0xFF
+    h.set("exc_has_error", 0)
+    h.set("rip", h.next_rip())
+    done = h.entry("deliver").call("i1", h.cpu, vector, h.const(SOFTWARE, 64))
+    with h.If(done ^ 1):
+        h.leave(Exit.ASSIST)
+    h.tail(h.entry("lookup"), h.pc, h.icount + h.count(), h.supervisor_tlb())
 
 
 @row("mov_from_cr", writes=(0,))
@@ -246,7 +249,7 @@ def mov_from_cr(i: Insn) -> None:
 
 @row("mov_to_cr3", writes=(), ends=True)
 def mov_to_cr3(i: Insn) -> None:
-    """Flushes the TLB (all of it: global entries may go too). PAE paging reloads the PDPTEs: Python's."""
+    """Flushes what is not global. PAE paging reloads the PDPTEs: Python's."""
     h = i.h
     h.require_cpl0()
     if "legacy" in i.attrs:
@@ -255,7 +258,7 @@ def mov_to_cr3(i: Insn) -> None:
     value = i.ops[0].read()
     _assist_unless(h, (value >> 46).eq(0) & h.get("cr4").bit(17).__xor__(1))
     h.set("cr3", value)
-    h.call_runtime("flush_tlb")
+    h.call_runtime("flush_tlb", (h.get("cr4") >> 7) & 1)
     h.go_to_rip(h.next_rip())
 
 

@@ -1,0 +1,220 @@
+"""A processor that follows a script, in place of the software processor.
+
+Each step is what one stay in the guest does: an Exit, or a function of the cpu that returns one. A
+cpu whose script has ended runs on until it is asked to leave.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from anykvm.cpu.flags import read_rflags, write_rflags
+from anykvm.cpu.state import Exit, State
+
+IF = 1 << 9
+Step = Exit | Callable[["FakeCpu"], Exit]
+
+
+@dataclass
+class FakeCpu:
+    """`log` notes the calls that change the guest, in order."""
+
+    index: int
+    state: State = field(default_factory=State)
+    script: list[Step] = field(default_factory=list)
+    log: list[tuple[Any, ...]] = field(default_factory=list)
+    emulation_text: str = "ud0 eax, eax"
+    out: bytes = b""
+    window: bool = False
+    entered: threading.Event = field(default_factory=threading.Event)
+    _asked: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def rflags(self) -> int:
+        return read_rflags(self.state)
+
+    @rflags.setter
+    def rflags(self, value: int) -> None:
+        write_rflags(self.state, value)
+
+    @property
+    def io_data(self) -> bytes:
+        return self.out
+
+    def run(self) -> Exit:
+        if self.window and self.can_take_interrupt():
+            return Exit.IRQ_WINDOW
+        if self.script:
+            step = self.script.pop(0)
+            return step if isinstance(step, Exit) else step(self)
+        self.entered.set()
+        assert self._asked.wait(20), "nobody asked the guest to leave"
+        self._asked.clear()
+        self.entered.clear()
+        return Exit.REQUEST
+
+    def request_exit(self) -> None:
+        self._asked.set()
+
+    def pending_interrupt(self, pending: bool) -> None:
+        self.window = pending
+
+    def can_take_interrupt(self) -> bool:
+        return bool(self.rflags & IF) and not self.in_shadow()
+
+    def in_shadow(self) -> bool:
+        return bool(self.state.shadow)
+
+    def inject_interrupt(self, vector: int) -> None:
+        self.rflags &= ~IF
+        self.log.append(("interrupt", vector))
+
+    def inject_nmi(self) -> None:
+        self.log.append(("nmi",))
+
+    def inject_exception(
+        self, vector: int, error_code: int | None = None, cr2: int | None = None
+    ) -> None:
+        self.log.append(("exception", vector, error_code))
+
+    def flush_tlb(self) -> None:
+        self.log.append(("flush_tlb",))
+
+    def mode_changed(self) -> None:
+        self.log.append(("mode_changed",))
+
+    def complete_in(self, data: bytes) -> None:
+        self.log.append(("in", data))
+
+    def complete_out(self) -> None:
+        self.log.append(("out",))
+
+    def complete_mmio_read(self, data: bytes) -> None:
+        self.log.append(("mmio_read", data))
+
+    def complete_mmio_write(self) -> None:
+        self.log.append(("mmio_write",))
+
+    def complete_msr(self, value: int | None) -> None:
+        self.log.append(("msr", value))
+
+    def complete_cpuid(self, eax: int, ebx: int, ecx: int, edx: int) -> None:
+        self.log.append(("cpuid", eax, ebx, ecx, edx))
+
+    def advance(self) -> None:
+        self.log.append(("advance",))
+
+    def did(self, *names: str) -> list[tuple[Any, ...]]:
+        """The log without what every reset and register write does."""
+        return [e for e in self.log if e[0] in names or not names and e[0] not in _ROUTINE]
+
+
+_ROUTINE = ("flush_tlb", "mode_changed")
+
+
+@dataclass
+class FakeEngine:
+    """`slots` is the guest-physical map: gpa to (size, hva, readonly, log_dirty)."""
+
+    cpus: list[FakeCpu] = field(default_factory=list)
+    slots: dict[int, tuple[int, int, bool, bool]] = field(default_factory=dict)
+    dirty: dict[int, bytes] = field(default_factory=dict)
+    closed: bool = False
+
+    def map_memory(
+        self, gpa: int, size: int, hva: int, readonly: bool = False, log_dirty: bool = False
+    ) -> None:
+        self.slots[gpa] = (size, hva, readonly, log_dirty)
+
+    def unmap_memory(self, gpa: int, size: int) -> None:
+        del self.slots[gpa]
+
+    def take_dirty(self, gpa: int) -> bytes:
+        return self.dirty.pop(gpa, b"")
+
+    def create_cpu(self, index: int) -> FakeCpu:
+        cpu = FakeCpu(index)
+        self.cpus.append(cpu)
+        return cpu
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def port_in(port: int, size: int = 1, count: int = 1) -> Step:
+    """The guest executes IN, or INS of `count` items."""
+
+    def step(cpu: FakeCpu) -> Exit:
+        s = cpu.state
+        s.io_port, s.io_size, s.io_count, s.io_in = port, size, count, 1
+        return Exit.IO
+
+    return step
+
+
+def port_out(port: int, data: bytes, size: int = 1) -> Step:
+    """The guest executes OUT, or OUTS of as many items as there is data."""
+
+    def step(cpu: FakeCpu) -> Exit:
+        s = cpu.state
+        s.io_port, s.io_size, s.io_count, s.io_in = port, size, len(data) // size, 0
+        cpu.out = data
+        return Exit.IO
+
+    return step
+
+
+def load(gpa: int, size: int) -> Step:
+    """The guest reads memory that nothing backs."""
+
+    def step(cpu: FakeCpu) -> Exit:
+        cpu.state.mmio_gpa, cpu.state.mmio_size, cpu.state.mmio_write = gpa, size, 0
+        return Exit.MMIO
+
+    return step
+
+
+def store(gpa: int, data: bytes) -> Step:
+    """The guest writes memory that nothing backs."""
+
+    def step(cpu: FakeCpu) -> Exit:
+        s = cpu.state
+        s.mmio_gpa, s.mmio_size, s.mmio_write = gpa, len(data), 1
+        s.mmio_data = int.from_bytes(data, "little")
+        return Exit.MMIO
+
+    return step
+
+
+def rdmsr(index: int) -> Step:
+    """The guest executes RDMSR."""
+
+    def step(cpu: FakeCpu) -> Exit:
+        cpu.state.gpr[1] = index
+        return Exit.RDMSR
+
+    return step
+
+
+def wrmsr(index: int, value: int) -> Step:
+    """The guest executes WRMSR."""
+
+    def step(cpu: FakeCpu) -> Exit:
+        gpr = cpu.state.gpr
+        gpr[0], gpr[1], gpr[2] = value & 0xFFFFFFFF, index, value >> 32
+        return Exit.WRMSR
+
+    return step
+
+
+def sti(then: Exit = Exit.HLT) -> Step:
+    """The guest enables interrupts and does something else."""
+
+    def step(cpu: FakeCpu) -> Exit:
+        cpu.rflags |= IF
+        return then
+
+    return step
