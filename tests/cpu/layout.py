@@ -17,6 +17,7 @@ STACK = SCRATCH + 0xF000  # where RSP points unless told otherwise
 SLOT = 64  # code is placed in multiples of this, and padded with INT3
 
 FCW, MXCSR, RFLAGS = 0x37F, 0x1F80, 0x202
+WITH_ERROR = frozenset((8, 10, 11, 12, 13, 14, 17))  # vectors that push an error code
 STATUS = {"cf": 0, "pf": 2, "af": 4, "zf": 6, "sf": 7, "of": 11}
 
 

@@ -21,6 +21,7 @@ from .layout import (
     GPRS,
     SCRATCH,
     SCRATCH_SIZE,
+    WITH_ERROR,
     Case,
     Placement,
     Result,
@@ -190,7 +191,7 @@ class Native:
             x87=x87_of(image),
             memory=dict(zip(case.memory, memory, strict=True)),
             vector=None if gone else trap,
-            error=None if gone else error,
+            error=error if trap in WITH_ERROR and not gone else None,
             cr2=cr2 if trap == 14 and not gone else None,
         )
 

@@ -109,7 +109,7 @@ class FakeCpu:
 
     def did(self, *names: str) -> list[tuple[Any, ...]]:
         """The log without what every reset and register write does."""
-        return [e for e in self.log if e[0] in names or not names and e[0] not in _ROUTINE]
+        return [e for e in self.log if e[0] in names or (not names and e[0] not in _ROUTINE)]
 
 
 _ROUTINE = ("flush_tlb", "mode_changed")

@@ -1,4 +1,4 @@
-"""KVM_RUN: exits to userspace and their completion, in-kernel devices, EINTR, HLT, INIT and SIPI."""
+"""KVM_RUN: exits and their completion, in-kernel devices, EINTR, HLT, INIT and SIPI."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_hlt_sleeps_in_the_kernel_until_an_interrupt():
 
 
 def enable_lapic(m: Machine) -> None:
-    """Set the software enable of vCPU 0's local APIC from another thread, as a device would see it."""
+    """Set the software enable of vCPU 0's local APIC."""
     vcpu = internals(m)
     with vcpu.kvm.irqchip.lock:
         vcpu.apic.mmio_write(0xF0, 0x1FF)

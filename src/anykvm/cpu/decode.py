@@ -61,6 +61,11 @@ STRING_SOURCES = (OpKind.MEMORY_SEG_SI, OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_SEG
 STRING_TARGETS = (OpKind.MEMORY_ESDI, OpKind.MEMORY_ESEDI, OpKind.MEMORY_ESRDI)
 STRING_16 = (OpKind.MEMORY_SEG_SI, OpKind.MEMORY_ESDI)
 STRING_32 = (OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_ESEDI)
+MASKED_STORES = {
+    OpKind.MEMORY_SEG_DI: 16,
+    OpKind.MEMORY_SEG_EDI: 32,
+    OpKind.MEMORY_SEG_RDI: 64,
+}
 IMMEDIATES = tuple(v for v, n in _names(OpKind).items() if n.startswith("IMMEDIATE"))
 
 # Instructions whose operand size shows in the name of iced's code alone
@@ -68,7 +73,7 @@ SIZED = re.compile(r"(RETN|LEAVE|ENTER|IRET|PUSHA|POPA|PUSHF|POPF|SYSRET|SYSEXIT
 SIZED_BY_OPERAND = re.compile(r"(?:CALL|JMP)_(?:REL|RM)\w*?(16|32|64)$")
 STACK_ROWS = frozenset("push pop pushf popf leave enter pusha popa call ret".split())
 ADDRESS_ROWS = frozenset("loop loope loopne xlatb".split())
-LEGACY_ROWS = frozenset("syscall sysret iret mov_to_cr3 mov_to_seg".split())
+LEGACY_ROWS = frozenset("syscall sysret iret mov_to_cr3 mov_to_seg fxsave fxrstor".split())
 SHIFTS = frozenset("shl shr sar sal rol ror rcl rcr".split())
 RENAMED = {
     **{f"{n}{letter}": n for n in ("pushf", "popf", "iret", "sysret", "sysexit") for letter in "dq"},
@@ -159,7 +164,10 @@ def _operand(i: Instruction, n: int, o: Operands, code64: bool, name: str) -> No
     kind = i.op_kind(n)
     if kind == OpKind.REGISTER:
         spec, offset = TABLE[i.op_register(n)]
-        o.registers.append(offset)
+        if spec == "st":
+            spec = f"st{offset}"
+        else:
+            o.registers.append(offset)
         o.specs.append(spec)
     elif kind == OpKind.MEMORY:
         bits = 8 * MemorySizeExt.size(i.memory_size)
@@ -169,13 +177,34 @@ def _operand(i: Instruction, n: int, o: Operands, code64: bool, name: str) -> No
         if kind == OpKind.IMMEDIATE64 and not _fits32(value):
             o.aux = value
             o.specs.append("j")
+        elif ROWS[name].constant:
+            o.specs.append(f"i{value & 0xFF}")
         elif n == 1 and name in SHIFTS and value == 1:
             o.specs.append("k")
         else:
             o.imm = signed32(value)
             o.specs.append("i")
+    elif kind in MASKED_STORES:
+        _masked_store(i, o, code64, MASKED_STORES[kind])
     elif kind not in BRANCHES:
         raise KeyError(kind)
+
+
+def _masked_store(i: Instruction, o: Operands, code64: bool, bits: int) -> None:
+    """The implied operand of MASKMOVDQU and MASKMOVQ."""
+    o.memory = True
+    o.base, o.seg = GPRS.index("RDI"), SEGMENT[i.memory_segment]
+    shape = {16: "h", 32: "w" if code64 else "l", 64: ""}[bits]
+    if code64 and o.seg in (Seg.FS, Seg.GS):
+        shape += "s"
+    o.specs.append(f"m{8 * MemorySizeExt.size(i.memory_size)}{shape}")
+
+
+def _has_mmx_operand(i: Instruction) -> bool:
+    return any(
+        i.op_kind(n) == OpKind.REGISTER and TABLE.get(i.op_register(n), ("",))[0] == "d"
+        for n in range(i.op_count)
+    )
 
 
 def _string(i: Instruction, name: str, code64: bool) -> tuple[str, Operands, list[str]] | None:
@@ -255,10 +284,25 @@ ASSIST = Form("assist")
 COUNTED = frozenset("jmp call ret iret syscall sysret popf mov_to_cr3 invlpg int".split())
 
 
+X87_ESCAPE = range(0xD8, 0xE0)
+LEGACY_PREFIXES = frozenset(bytes.fromhex("26 2e 36 3e 64 65 66 67 f0 f2 f3"))
+
+
+def _with_x87_opcode(d: Decoded, raw: bytes) -> Decoded:
+    """FOP, the last instruction's opcode (SDM vol. 1, 8.1.9), goes where an immediate would."""
+    n = 0
+    while raw[n] not in X87_ESCAPE:
+        if raw[n] not in LEGACY_PREFIXES and raw[n] & 0xF0 != 0x40:
+            return d  # FXSAVE and FXRSTOR
+        n += 1
+    opcode = (raw[n] & 7) << 8 | raw[n + 1]
+    return d._replace(fields=d.fields[:12] + opcode.to_bytes(4, "little"))
+
+
 class FormDecoder:
     """Decodes for one mode (code size and what instructions are enabled)."""
 
-    def __init__(self, mode: Mode, special: Callable[[str, Mode], str | None]) -> None:
+    def __init__(self, mode: Mode, special: Callable[[str, Mode, bool], str | None]) -> None:
         self.mode = mode
         self.code64 = bool(mode & Mode.CODE64)
         self.bits = 64 if self.code64 else 32 if mode & Mode.CODE32 else 16
@@ -278,6 +322,8 @@ class FormDecoder:
         if known is not None:
             return known
         decoded = self.describe(i)
+        if decoded.form.name in ROWS and ROWS[decoded.form.name].feature == "x87":
+            decoded = _with_x87_opcode(decoded, raw)
         if decoded.target is None and not i.is_ip_rel_memory_operand:
             self._cache[raw] = decoded
         return decoded
@@ -304,13 +350,13 @@ class FormDecoder:
 
     def _form(self, i: Instruction, name: str) -> tuple[Form, Operands] | None:
         """Form and fields, or None where the instruction has no handler."""
-        changed = self._special(name, self.mode)
-        if changed:
-            return Form(changed), Operands()
         string = _string(i, name, self.code64)
         if string:
             name, o, attrs = string
             return (Form(name, (), tuple(attrs)), o) if name in ROWS else None
+        changed = self._special(name, self.mode, _has_mmx_operand(i))
+        if changed:
+            return Form(changed), Operands()
         if name in ("push", "pop") and i.op_kind(0) == OpKind.REGISTER and name == "pop":
             if TABLE[i.op_register(0)][0] == "s":
                 return None

@@ -9,6 +9,7 @@ frame that lies in one page. Anything else returns to Python with `Exit.DELIVER`
 
 from __future__ import annotations
 
+from anykvm.cpu import fpu_image
 from anykvm.cpu.guest import CONVENTION, FAULT, PF, SOFTWARE, TLB_ADDEND, TLB_EXEC, TLB_WRITE, Handler, Routine
 from anykvm.cpu.ir import PTR, Value
 from anykvm.cpu.mmu import I, W
@@ -275,6 +276,7 @@ def run() -> Routine:
     f.intrinsic("llvm.x86.sse.stmxcsr", "void", at[host])
     guest.set(f.get("mxcsr") | MASKED)
     f.intrinsic("llvm.x86.sse.ldmxcsr", "void", at[guest])
+    host_cw = fpu_image.enter(f)
     tlb = f.cpl().eq(3).select(f.user_tlb(), f.supervisor_tlb())
     f.line(
         f"call {CONVENTION} void @refind(ptr null, ptr {f.cpu.text},"
@@ -282,6 +284,7 @@ def run() -> Routine:
     )
     f.intrinsic("llvm.x86.sse.stmxcsr", "void", at[guest])
     f.set("mxcsr", (f.get("mxcsr") & ~0x3F) | (guest.get() & 0x3F))
+    fpu_image.leave(f, host_cw)
     f.intrinsic("llvm.x86.sse.ldmxcsr", "void", at[host])
     f.ret()
     return f

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from anykvm.cpu import dispatch, mmu
+from anykvm.cpu import dispatch, fpu_image, mmu
 from anykvm.cpu.forms import Form
 from anykvm.cpu.guest import ENTRIES
 from anykvm.cpu.ir import Function
@@ -40,7 +40,7 @@ class Runtime:
     """The native routines: addresses for handlers, callables for Python."""
 
     def __init__(self) -> None:
-        routines = mmu.ROUTINES + dispatch.ROUTINES
+        routines = mmu.ROUTINES + dispatch.ROUTINES + fpu_image.ROUTINES
         names = [r.__name__ for r in routines]
 
         def make(_: list[str]) -> list[Function]:

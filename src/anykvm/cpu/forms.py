@@ -5,7 +5,9 @@ displacement, immediate, successor) stands in its record. Written as text, `add 
 `lock add [rax+rcx*8+16], rdx`. The operand kinds:
 
     r8 r16 r32 r64   general register                 x    XMM register           d    MMX register
-    s                segment register                 i    immediate, sign-extended from 32 bits
+    s                segment register                 i    immediate, sign-extended from 32 bits;
+                                                           iN where its value N belongs to the form
+    st0 ... st7      x87 stack register
     mN or mN plus    N bits in memory, and of the     j    64-bit immediate, in the record's aux field
                      shape that the letters tell      k    constant 1 (shifts by one)
 
@@ -27,6 +29,7 @@ from typing import NamedTuple
 
 from anykvm.cpu.guest import (
     GP,
+    MF,
     R_A,
     R_B,
     R_BASE,
@@ -100,6 +103,8 @@ class Register(Operand):
         if self.spec == "r32":
             value = value.zext(64)
         self.ptr.store(value)
+        if self.spec == "d":  # to the x87, sign and exponent of all ones
+            self.ptr.offset(8).store(self.h.const(0xFFFF, 16))
 
 
 class SegmentRegister(Operand):
@@ -119,6 +124,16 @@ class SegmentRegister(Operand):
         return self.h.segment(self.index, "selector")
 
 
+class StackRegister(Operand):
+    """ST(n), relative to the top of the x87 register stack; `n` is part of the form."""
+
+    bits = 80
+
+    def __init__(self, h: Handler, spec: str) -> None:
+        super().__init__(h, spec)
+        self.n = int(spec[2:])
+
+
 class Immediate(Operand):
     """A constant in the record; as wide as `bits`, which the reader sets."""
 
@@ -129,6 +144,8 @@ class Immediate(Operand):
             return self.h.aux()
         if self.spec == "k":
             return self.h.const(1, self.bits)
+        if self.spec != "i":
+            return self.h.const(int(self.spec[1:]), self.bits)
         return self.h.immediate(self.bits)
 
 
@@ -143,6 +160,7 @@ class Memory(Operand):
         self.bits = int(digits)
         self.shape = spec[1 + len(digits) :]
         self.lock, self.writes = lock, writes
+        self.alignment = 1  # bytes
         self._place: Place | None = None
 
     def gpr(self, slot: int) -> Value:
@@ -176,7 +194,10 @@ class Memory(Operand):
 
     @cached_property
     def address(self) -> Value:
-        return self.linear(self.offset, self.bits // 8, write=self.writes)
+        linear = self.linear(self.offset, self.bits // 8, write=self.writes)
+        if self.alignment > 1:
+            self.h.raise_if((linear & (self.alignment - 1)).ne(0), GP, 0)
+        return linear
 
     def place(self) -> Place:
         """This operand, found and checked for writing (once)."""
@@ -245,6 +266,8 @@ class Insn:
             match spec[0]:
                 case "m":
                     op: Operand = Memory(h, spec, lock=self.lock, writes=n in writes)
+                case "s" if spec != "s":
+                    op = StackRegister(h, spec)
                 case "s":
                     op = SegmentRegister(h, spec, next(slots))
                 case "i" | "j" | "k":
@@ -269,6 +292,16 @@ class Insn:
     def undefined(self) -> None:
         self.h.raise_(UD)
 
+    def require_no_x87_error(self) -> None:
+        """MMX instructions first report an x87 exception that is pending (SDM vol. 1, 9.6.3)."""
+        self.h.raise_if(self.h.get("fpu_sw").bit(7), MF)
+
+    def take_x87_registers(self) -> None:
+        """After an MMX instruction TOP is 0 and every register in use (SDM vol. 1, 9.6.2)."""
+        h = self.h
+        h.set("fpu_sw", h.get("fpu_sw") & ~0x3800)
+        h.set("fpu_tag", 0)
+
 
 Semantics = Callable[[Insn], None]
 
@@ -281,7 +314,14 @@ class Row(NamedTuple):
     writes: frozenset[int]
     lockable: bool
     ends: bool  # control may leave the straight line after it
-    feature: str  # CPUID feature that it belongs to
+    feature: str  # CPUID feature that it belongs to; behind a slash, that of its form with MMX operands
+    constant: bool  # a handler is compiled for each value of its immediate
+    unaligned: bool  # its 128-bit operands in memory need no alignment
+
+    @property
+    def alignment(self) -> int:
+        """What 128-bit operands in memory must be multiples of."""
+        return 16 if self.feature.startswith("sse") and not self.unaligned else 1
 
 
 ROWS: dict[str, Row] = {}
@@ -293,6 +333,8 @@ def row(
     lock: bool = False,
     ends: bool = False,
     feature: str = "",
+    constant: bool = False,
+    unaligned: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Declares the semantics of instructions. A function for several gets the mnemonic as its second argument."""
 
@@ -306,7 +348,9 @@ def row(
                     function(insn, name)
 
             assert name not in ROWS, f"{name} is described twice"
-            ROWS[name] = Row(name, semantics, frozenset(writes), lock, ends, feature)
+            ROWS[name] = Row(
+                name, semantics, frozenset(writes), lock, ends, feature, constant, unaligned
+            )
         return function
 
     return declare
@@ -316,7 +360,15 @@ def build(form: Form) -> Handler:
     """The handler of a form."""
     described = ROWS[form.name]
     insn = Insn(form, writes=described.writes)
+    for op in insn.ops:
+        if isinstance(op, Memory) and op.bits == 128:
+            op.alignment = described.alignment
+    mmx = described.feature == "mmx" or "d" in form.operands
+    if mmx:
+        insn.require_no_x87_error()
     described.semantics(insn)
+    if mmx and form.name != "emms":
+        insn.take_x87_registers()
     if not insn.h.terminated:
         insn.h.next()
     return insn.h

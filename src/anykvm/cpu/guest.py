@@ -55,6 +55,10 @@ ENTRIES = (
     "flush_page",
     "refind",
     "deliver",
+    "x87_pack",
+    "x87_unpack",
+    "fx_pack",
+    "fx_unpack",
 )
 
 # Vectors (SDM vol. 3, table 6-1)

@@ -110,6 +110,7 @@ class Jit:
     def __init__(self, folder: Path | None) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
+        llvm.initialize_native_asmparser()  # for inline assembly
         cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
         self._machine = llvm.Target.from_default_triple().create_target_machine(
             opt=2, cpu=cpu, features=features, codemodel="jitdefault", jit=True

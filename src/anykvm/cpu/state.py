@@ -133,6 +133,9 @@ class State(ctypes.Structure):
         ("fpu_ds", u16),
         ("mxcsr", u32),
         ("host_mxcsr", u32),
+        ("x87_image", u8 * 112),  # FRSTOR's image, for instructions that the host executes whole
+        ("x87_operand", u8 * 16),  # the memory operand of an x87 instruction
+        ("fx_image", u8 * 512),  # FXSAVE's image on its way
         ("sse_unmasked", u32),  # some SSE exception is unmasked: operations check after themselves
         ("gdt_base", u64),
         ("idt_base", u64),

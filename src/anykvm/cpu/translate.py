@@ -349,10 +349,14 @@ class UnitBuilder:
             t.set_aux(record, stub)
 
 
-def special(name: str, mode: Mode) -> str | None:
-    """What stands for an instruction that the mode does not allow."""
+def special(name: str, mode: Mode, mmx: bool = False) -> str | None:
+    """What stands for an instruction, with MMX operands or without, that the mode does not allow."""
     row = ROWS.get(name)
-    feature = row.feature if row else ""
+    feature, _, with_mmx = row.feature.partition("/") if row else ("", "", "")
+    if mmx and with_mmx:
+        feature = with_mmx
+    if feature == "mmx" and mode & Mode.NM and not mode & Mode.SSE_NM:
+        return "ud2"  # CR0.EM
     if feature in ("x87", "mmx") and mode & Mode.NM:
         return "device_not_available"
     if feature.startswith("sse"):

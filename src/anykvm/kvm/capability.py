@@ -1,4 +1,5 @@
-"""KVM_CHECK_EXTENSION for what all architectures share: a value per capability; what is in no table is 0.
+"""KVM_CHECK_EXTENSION for what all architectures share: a value per capability; what is in no table
+is 0.
 
 `kvm_vm_ioctl_check_extension_generic`; api.rst 4.4.
 """

@@ -1,9 +1,12 @@
-"""/dev/kvm: `kvm_chardev_ops`, the ioctls of no particular VM, and how the driver registers (`kvm_init`)."""
+"""/dev/kvm: `kvm_chardev_ops`, the ioctls of no particular VM, and how the driver registers
+(`kvm_init`).
+"""
 
 from __future__ import annotations
 
 import os
 from errno import EOPNOTSUPP
+
 from anykvm.fs.anon_inodes import anon_inode_getfd
 from anykvm.fs.char_dev import KVM_MINOR, MiscDevice, misc_register
 from anykvm.fs.file import File, FileOperations

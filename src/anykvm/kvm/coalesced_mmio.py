@@ -1,4 +1,5 @@
-"""Coalesced MMIO and PIO: writes that wait in a ring until the VMM looks (`virt/kvm/coalesced_mmio.c`; api.rst 4.116).
+"""Coalesced MMIO and PIO: writes that wait in a ring until the VMM looks
+(`virt/kvm/coalesced_mmio.c`; api.rst 4.116).
 
 The ring is the third page of the first vCPU's mapping: VMMs of several vCPUs read it there.
 """

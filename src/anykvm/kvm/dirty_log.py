@@ -1,7 +1,7 @@
 """The dirty log: which pages of a slot were written since it was last asked (api.rst 4.8, 4.117).
 
-Ordinarily KVM_GET_DIRTY_LOG clears what it reports. With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 it only reports, and
-KVM_CLEAR_DIRTY_LOG clears the part that the caller has dealt with.
+Ordinarily KVM_GET_DIRTY_LOG clears what it reports. With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 it only
+reports, and KVM_CLEAR_DIRTY_LOG clears the part that the caller has dealt with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""irqfd and ioeventfd: eventfds that raise interrupts, and writes of the guest that signal eventfds.
+"""irqfd and ioeventfd: eventfds that raise interrupts, and writes of the guest that signal
+eventfds.
 
 virt/kvm/eventfd.c; api.rst 4.59 (KVM_IOEVENTFD) and 4.75 (KVM_IRQFD).
 """
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 
 
 class EventfdCtx:
-    """struct eventfd_ctx: an eventfd held by a duplicate, and recognised whichever descriptor names it."""
+    """struct eventfd_ctx: an eventfd held by a duplicate, and recognised whichever descriptor names
+    it.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = os.dup(fd)  # EBADF for no descriptor at all
@@ -77,7 +80,9 @@ class Irqfd:
     resample: EventfdCtx | None
 
     def wakeup(self) -> None:
-        """The eventfd was signalled: a level stays raised until the guest ends it, an edge is a pulse."""
+        """The eventfd was signalled: a level stays raised until the guest ends it, an edge is a
+        pulse.
+        """
         self.eventfd.consume()
         if self.resample is not None:
             kvm_set_irq(self.kvm, KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID, self.gsi, 1)
@@ -99,7 +104,9 @@ class Irqfd:
 
 @dataclass(eq=False)
 class Ioeventfd(KvmIoDevice):
-    """struct _ioeventfd: signals its eventfd for a write of this length (0: any) and value (None: any)."""
+    """struct _ioeventfd: signals its eventfd for a write of this length (0: any) and value (None:
+    any).
+    """
 
     addr: int
     length: int

@@ -1,7 +1,9 @@
-"""ioctl tables: a row per ioctl beside its handler, and the one driver that copies arguments in and out.
+"""ioctl tables: a row per ioctl beside its handler, and the one driver that copies arguments in and
+out.
 
-A row names the number, what the argument is and which way it moves, and the conditions under which the
-ioctl is legal. What no table of a chain knows is ENOTTY (Documentation/virt/kvm/api.rst, section 4).
+A row names the number, what the argument is and which way it moves, and the conditions under which
+the ioctl is legal. What no table of a chain knows is ENOTTY (Documentation/virt/kvm/api.rst,
+section 4).
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ E = TypeVar("E")
 
 
 class Arg(Protocol[A]):
-    """What an ioctl's third argument is: how the handler's argument comes from it and returns to it."""
+    """What an ioctl's third argument is: how the handler's argument comes from it and returns to
+    it.
+    """
 
     def copy_in(self, mm: UserMemory, address: int) -> A: ...
 
@@ -132,10 +136,11 @@ class InOutTail(InTail[H, E]):
 
 
 class OutTail(InTail[H, E]):
-    """The caller says how many entries fit; the handler sets `entries`, and too few places are E2BIG.
+    """The caller says how many entries fit; the handler sets `entries`, and too few places are
+    E2BIG.
 
-    With `tell_count` the count needed is written back even then (KVM_GET_MSR_INDEX_LIST), so that
-    a caller can ask with room for none; without, only success is reported (KVM_GET_SUPPORTED_CPUID).
+    With `tell_count` the count needed is written back even then (KVM_GET_MSR_INDEX_LIST), so that a
+    caller can ask with room for none; without, only success is reported (KVM_GET_SUPPORTED_CPUID).
     """
 
     def __init__(
@@ -161,7 +166,9 @@ class OutTail(InTail[H, E]):
 
 @dataclass(frozen=True, slots=True)
 class Need(Generic[T]):
-    """A condition of a row: where it does not hold, the ioctl fails with `errno` before it reads anything."""
+    """A condition of a row: where it does not hold, the ioctl fails with `errno` before it reads
+    anything.
+    """
 
     holds: Callable[[T], bool]
     errno: int
@@ -170,7 +177,9 @@ class Need(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class IoctlRow(Generic[T]):
-    """One ioctl. `capability` is the KVM_CAP_* that announces it, None where it has always been there."""
+    """One ioctl. `capability` is the KVM_CAP_* that announces it, None where it has always been
+    there.
+    """
 
     name: str
     number: int

@@ -1,4 +1,5 @@
-"""I/O buses: which in-kernel device answers a port or a guest-physical address (`virt/kvm/iodev.h`, `kvm_io_bus_*`).
+"""I/O buses: which in-kernel device answers a port or a guest-physical address (`virt/kvm/iodev.h`,
+`kvm_io_bus_*`).
 
 Several devices may cover one address; they are asked in turn until one takes the access.
 """
@@ -25,7 +26,9 @@ class KvmBus(IntEnum):
 
 
 class KvmIoDevice:
-    """struct kvm_io_device: read and write by address; what it does not take goes to the next device."""
+    """struct kvm_io_device: read and write by address; what it does not take goes to the next
+    device.
+    """
 
     def read(self, vcpu: KvmVcpu, addr: int, length: int) -> bytes | None:
         """`length` bytes, or None where this device does not answer."""

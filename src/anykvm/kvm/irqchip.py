@@ -1,4 +1,5 @@
-"""GSI routing: what an interrupt line or message of the VMM leads to (`virt/kvm/irqchip.c`; api.rst 4.52).
+"""GSI routing: what an interrupt line or message of the VMM leads to (`virt/kvm/irqchip.c`; api.rst
+4.52).
 
 The table is replaced as a whole; look-ups take no lock.
 """
@@ -78,7 +79,9 @@ def check_routing_entry(entry: kvm_irq_routing_entry) -> None:
 
 
 def kvm_set_irq(kvm: Kvm, source_id: int, irq: int, level: int) -> int:
-    """Raise or lower a GSI: how many processors it was delivered to, 0 coalesced, negative if nowhere."""
+    """Raise or lower a GSI: how many processors it was delivered to, 0 coalesced, negative if
+    nowhere.
+    """
     delivered = -1
     for entry in kvm.irq_routing.by_gsi.get(irq, ()):
         result = entry.set(entry, source_id, level)

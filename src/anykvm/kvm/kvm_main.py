@@ -1,8 +1,9 @@
-"""KVM's objects and lifetimes: a VM (`struct kvm`), its vCPUs (`struct kvm_vcpu`), and who holds them (`virt/kvm/kvm_main.c`).
+"""KVM's objects and lifetimes: a VM (`struct kvm`), its vCPUs (`struct kvm_vcpu`), and who holds
+them (`virt/kvm/kvm_main.c`).
 
-A vCPU file holds its VM, as the VM's own file does: the VM is destroyed at the last `kvm_put_kvm`, whatever
-order the descriptors are closed in. What depends on the processor is a method `kvm_arch_*` of a subclass,
-and `kvm_init` is given the architecture that makes those.
+A vCPU file holds its VM, as the VM's own file does: the VM is destroyed at the last `kvm_put_kvm`,
+whatever order the descriptors are closed in. What depends on the processor is a method `kvm_arch_*`
+of a subclass, and `kvm_init` is given the architecture that makes those.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from anykvm.fs.uaccess import UserMemory
 from anykvm.kvm.coalesced_mmio import CoalescedRing, CoalescedZones
 from anykvm.kvm.errors import fail
 from anykvm.kvm.eventfd import KvmEventfds
-from anykvm.kvm.iodev import KvmBus, KvmIoBus
 from anykvm.kvm.ioctl import IoctlTable
+from anykvm.kvm.iodev import KvmBus, KvmIoBus
 from anykvm.kvm.irqchip import IrqRoutingTable, KernelIrqRoutingEntry
 from anykvm.kvm.memslots import PAGE_SIZE, KvmMemorySlot, KvmMemslots, KvmMrChange
 from anykvm.kvm.sigset import SIGNAL_TICK_NS, KvmSigset
@@ -143,7 +144,9 @@ class Kvm(ABC):
 
     def _tick(self) -> None:
         self._ticking = False
-        running = [v for v in self.vcpus.values() if v.mutex.locked() and v.mode != VcpuMode.BLOCKED]
+        running = [
+            v for v in self.vcpus.values() if v.mutex.locked() and v.mode != VcpuMode.BLOCKED
+        ]
         for vcpu in running:
             vcpu.signal_tick = True
             vcpu.kick()
@@ -176,7 +179,7 @@ class KvmVcpu(ABC):
 
     @abstractmethod
     def kick(self) -> None:
-        """Make the vCPU's thread look again: leave the guest, or wake. From any thread, never lost."""
+        """Make the vCPU's thread look again: leave the guest, or wake. Any thread, never lost."""
 
     @abstractmethod
     def kvm_arch_vcpu_destroy(self) -> None:
@@ -220,9 +223,8 @@ def arch() -> KvmArch:
 
 def kvm_create_vm(vm_type: int) -> Kvm:
     """A VM with one reference, the caller's."""
-    with call("kvm_create_vm", type=vm_type):
-        with call("kvm_arch_alloc_vm"):
-            return arch().kvm_arch_alloc_vm(vm_type)
+    with call("kvm_create_vm", type=vm_type), call("kvm_arch_alloc_vm"):
+        return arch().kvm_arch_alloc_vm(vm_type)
 
 
 def kvm_get_kvm(kvm: Kvm) -> None:

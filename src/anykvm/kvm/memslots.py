@@ -1,4 +1,5 @@
-"""Memory slots: which guest-physical pages are backed by which addresses of the caller, and which are dirty.
+"""Memory slots: which guest-physical pages are backed by which addresses of the caller, and which
+are dirty.
 
 virt/kvm/kvm_main.c, `__kvm_set_memory_region`; api.rst 4.35 (slots), 4.8 and 4.117 (dirty log).
 """
@@ -37,7 +38,7 @@ class KvmMrChange(Enum):
 
 @dataclass(slots=True)
 class KvmMemorySlot:
-    """struct kvm_memory_slot. `dirty` is the bitmap of a logging slot: a bit a page, little-endian."""
+    """struct kvm_memory_slot. `dirty` is a logging slot's bitmap: a bit a page, little-endian."""
 
     id: int
     base_gfn: int
@@ -110,7 +111,7 @@ class KvmMemslots:
 
     def __init__(self) -> None:
         self._by_id: dict[int, KvmMemorySlot] = {}
-        # Start addresses and slots, replaced together so that vCPU threads can look up without a lock.
+        # Replaced together, so that vCPU threads can look up without a lock.
         self._order: tuple[list[int], list[KvmMemorySlot]] = ([], [])
 
     def __iter__(self) -> Iterator[KvmMemorySlot]:
@@ -176,7 +177,7 @@ class KvmMemslots:
         self._order = ([slot.gpa for slot in slots], slots)
 
     def logging_slot(self, slot: int) -> KvmMemorySlot:
-        """The slot whose dirty log is asked for: EINVAL for a bad number, ENOENT where none logs."""
+        """The slot whose dirty log is asked for; EINVAL for a bad number, ENOENT if none logs."""
         if slot >> 16 or (slot & 0xFFFF) >= KVM_USER_MEM_SLOTS:
             raise fail(EINVAL, f"there is no slot {slot:#x}")
         found = self._by_id.get(slot)

@@ -1,11 +1,14 @@
-"""Signals that end KVM_RUN: `kvm_sigset_activate`, `signal_pending(current)` and KVM_SET_SIGNAL_MASK.
+"""Signals that end KVM_RUN: `kvm_sigset_activate`, `signal_pending(current)` and
+KVM_SET_SIGNAL_MASK.
 
-In the kernel a signal for the thread in KVM_RUN makes it return EINTR, and its handler runs on the way out. Here the thread in
-KVM_RUN blocks every signal at entry, so that one that arrives for it stays pending instead of running a handler that native guest
-code would not notice; looks at its pending set whenever it is back in Python (the VM's thread takes it there every few
-milliseconds, see `SIGNAL_TICK_NS`); answers EINTR when one is pending that the mask lets through; and restores the mask at exit,
-at which the handler runs. So handlers, dispositions, SA_RESTART and signals that the mask leaves pending behave as
-with Linux's KVM. A blocked vCPU (HLT) polls a signalfd of its own and wakes at once.
+In the kernel a signal for the thread in KVM_RUN makes it return EINTR, and its handler runs on the
+way out. Here the thread in KVM_RUN blocks every signal at entry, so that one that arrives for it
+stays pending instead of running a handler that native guest code would not notice; looks at its
+pending set whenever it is back in Python (the VM's thread takes it there every few milliseconds,
+see `SIGNAL_TICK_NS`); answers EINTR when one is pending that the mask lets through; and restores
+the mask at exit, at which the handler runs. So handlers, dispositions, SA_RESTART and signals that
+the mask leaves pending behave as with Linux's KVM. A blocked vCPU (HLT) polls a signalfd of its own
+and wakes at once.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ _ALL = (1 << 64) - 1 & ~_UNBLOCKABLE
 
 
 class KvmSigset:
-    """The signal side of one vCPU. `activate` ... `deactivate` enclose KVM_RUN, on the calling thread."""
+    """The signal side of one vCPU. `activate` ... `deactivate` enclose KVM_RUN, on the calling
+    thread.
+    """
 
     def __init__(self) -> None:
         self._mask: int | None = None  # KVM_SET_SIGNAL_MASK's; None: the caller's own
@@ -64,7 +69,7 @@ class KvmSigset:
         self._poll.register(self._wakefd, select.POLLIN)
 
     def set_mask(self, sigset: bytes | None) -> None:
-        """KVM_SET_SIGNAL_MASK: the signals blocked during KVM_RUN, None for the thread's own mask."""
+        """KVM_SET_SIGNAL_MASK: what is blocked during KVM_RUN, None for the thread's own mask."""
         if sigset is not None and len(sigset) != SIGSET_SIZE:
             raise fail(EINVAL, f"a sigset is {SIGSET_SIZE} bytes, got {len(sigset)}")
         self._mask = None if sigset is None else int.from_bytes(sigset, "little")
@@ -86,7 +91,9 @@ class KvmSigset:
         return bool(self._pending.bits & self._interrupting())
 
     def wait(self, timeout_ms: int | None = None) -> None:
-        """Block until `wake`, an interrupting signal, or the time-out; returns at once if any has happened."""
+        """Block until `wake`, an interrupting signal, or the time-out; returns at once if any has
+        happened.
+        """
         waited_for = _Sigset(self._interrupting())
         fd: int = _libc.signalfd(self._signalfd, ctypes.byref(waited_for), os.O_CLOEXEC)
         if fd < 0:

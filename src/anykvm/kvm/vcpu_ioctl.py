@@ -29,14 +29,18 @@ def kvm_vcpu_ioctl_run(vcpu: KvmVcpu, _: int) -> int:
 
 
 class SignalMask:
-    """struct kvm_signal_mask and the sigset behind it, None for a null pointer; any other length is EINVAL."""
+    """struct kvm_signal_mask and the sigset behind it, None for a null pointer; any other length is
+    EINVAL.
+    """
 
     def copy_in(self, mm: UserMemory, address: int) -> bytes | None:
         if not address:
             return None
         length = int.from_bytes(mm.read(address, 4), "little")
         if length != SIGSET_SIZE:
-            raise fail(EINVAL, f"KVM_SET_SIGNAL_MASK: a sigset is {SIGSET_SIZE} bytes, not {length}")
+            raise fail(
+                EINVAL, f"KVM_SET_SIGNAL_MASK: a sigset is {SIGSET_SIZE} bytes, not {length}"
+            )
         return mm.read(address + 4, SIGSET_SIZE)
 
     def copy_out(self, mm: UserMemory, address: int, value: bytes | None) -> None:

@@ -1,7 +1,9 @@
-"""The VM's own thread: high-resolution timers (as kernel/time/hrtimer.c) and eventfds that it listens to.
+"""The VM's own thread: high-resolution timers (as kernel/time/hrtimer.c) and eventfds that it
+listens to.
 
-One thread a VM, started at the first timer or eventfd and ended with the VM. It sleeps in epoll on a timerfd armed for
-the earliest deadline, the listened-to eventfds and one eventfd that wakes it for changes.
+One thread a VM, started at the first timer or eventfd and ended with the VM. It sleeps in epoll on
+a timerfd armed for the earliest deadline, the listened-to eventfds and one eventfd that wakes it
+for changes.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def _timerfd_create() -> int:
 
 
 class Hrtimer:
-    """struct hrtimer: one deadline on CLOCK_MONOTONIC and a function that the VM's thread calls when it has passed."""
+    """struct hrtimer: one deadline on CLOCK_MONOTONIC and a function that the VM's thread calls
+    when it has passed.
+    """
 
     __slots__ = ("_worker", "expires", "function")
 

@@ -1,6 +1,8 @@
-"""x86's capabilities: what KVM_CHECK_EXTENSION says and what KVM_ENABLE_CAP switches on. What is not in a table is 0.
+"""x86's capabilities: what KVM_CHECK_EXTENSION says and what KVM_ENABLE_CAP switches on. What is
+not in a table is 0.
 
-`kvm_vm_ioctl_check_extension` and `kvm_vm_ioctl_enable_cap` of arch/x86/kvm/x86.c; api.rst 4.4, 7 and 8.
+`kvm_vm_ioctl_check_extension` and `kvm_vm_ioctl_enable_cap` of arch/x86/kvm/x86.c; api.rst 4.4, 7
+and 8.
 """
 
 from __future__ import annotations
@@ -18,9 +20,7 @@ from anykvm.x86.kvm_host import IrqchipMode, KvmX86
 from anykvm.x86.msrs import KVM_MAX_MCE_BANKS
 
 QUIRKS = uapi.KVM_X86_QUIRK_LINT0_REENABLED
-X2APIC_API = (
-    uapi.KVM_X2APIC_API_USE_32BIT_IDS | uapi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
-)
+X2APIC_API = uapi.KVM_X2APIC_API_USE_32BIT_IDS | uapi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 USER_SPACE_MSR = (
     uapi.KVM_MSR_EXIT_REASON_INVAL
     | uapi.KVM_MSR_EXIT_REASON_UNKNOWN
@@ -125,7 +125,6 @@ def _triple_fault_event(kvm: KvmX86, args: tuple[int, ...]) -> None:
 
 def _user_space_msr(kvm: KvmX86, args: tuple[int, ...]) -> None:
     kvm.user_space_msr_mask = _within(args[0], USER_SPACE_MSR, "KVM_CAP_X86_USER_SPACE_MSR")
-
 
 
 ENABLE: dict[int, Callable[[KvmX86, tuple[int, ...]], None]] = {

@@ -1,7 +1,9 @@
-"""kvmclock: the VM's paravirtual clock, which the guest computes from its TSC and a page that KVM fills in.
+"""kvmclock: the VM's paravirtual clock, which the guest computes from its TSC and a page that KVM
+fills in.
 
-Documentation/virt/kvm/x86/msr.rst, MSR_KVM_SYSTEM_TIME_NEW; asm/pvclock-abi.h; KVM_GET_CLOCK in api.rst 4.29.
-One pair of TSC and time, taken when the clock is set, serves all vCPUs: their pages agree to the nanosecond.
+Documentation/virt/kvm/x86/msr.rst, MSR_KVM_SYSTEM_TIME_NEW; asm/pvclock-abi.h; KVM_GET_CLOCK in
+api.rst 4.29. One pair of TSC and time, taken when the clock is set, serves all vCPUs: their pages
+agree to the nanosecond.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ GuestWrite = Callable[[int, bytes], None]
 
 
 def kvm_get_time_scale(scaled_hz: int, base_hz: int) -> tuple[int, int]:
-    """(shift, multiplier) with which `(ticks << shift) * multiplier >> 32` converts base to scaled."""
+    """(shift, multiplier): `(ticks << shift) * multiplier >> 32` converts base to scaled."""
     shift = 0
     scaled, tps = scaled_hz, base_hz
     while tps > scaled * 2 or tps >> 32:

@@ -1,8 +1,9 @@
 """CPUID: the processor that KVM_GET_SUPPORTED_CPUID offers, and what the guest's CPUID returns.
 
-Feature bits stand in one table, and each that is on is implemented. The model is that of an in-order
-core, which is what a software processor is: it speculates nothing, so guests leave out the
-mitigations that speculation needs. SDM vol. 2, CPUID; arch/x86/kvm/cpuid.c; Documentation/virt/kvm/x86/cpuid.rst.
+Feature bits stand in one table, and each that is on is implemented. The model is that of an
+in-order core, which is what a software processor is: it speculates nothing, so guests leave out the
+mitigations that speculation needs. SDM vol. 2, CPUID; arch/x86/kvm/cpuid.c;
+Documentation/virt/kvm/x86/cpuid.rst.
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ class GuestCpuid:
 
     def _out_of_range(self, function: int, index: int) -> kvm_cpuid_entry2 | None:
         """None for a leaf within its class's limit, which is just not there."""
-        limit = self.find(function & 0xFFFFFF00 if 0x40000000 <= function else 0)
+        limit = self.find(function & 0xFFFFFF00 if function >= 0x40000000 else 0)
         if function >= EXTENDED:
             limit = self.find(EXTENDED)
         basic = self.find(0)

@@ -1,6 +1,7 @@
 """What interrupts a vCPU: exceptions, NMIs, interrupts, INIT and SIPI, and in which order.
 
-arch/x86/kvm/x86.c, `inject_pending_event`, and irq.c, `kvm_cpu_has_injectable_intr`, `kvm_cpu_get_interrupt`.
+arch/x86/kvm/x86.c, `inject_pending_event`, and irq.c, `kvm_cpu_has_injectable_intr`,
+`kvm_cpu_get_interrupt`.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def _inject_gp(vcpu: VcpuX86) -> int:
 
 
 def _msr_exit(vcpu: VcpuX86, index: int, reason: int, value: int | None) -> bool:
-    """Hand an access that failed to userspace, if it asked for those (KVM_CAP_X86_USER_SPACE_MSR)."""
+    """Hand an access that failed to userspace, if it asked (KVM_CAP_X86_USER_SPACE_MSR)."""
     if not vcpu.kvm.user_space_msr_mask & reason:
         return False
     write = value is not None
@@ -270,7 +270,7 @@ def handle_shutdown(vcpu: VcpuX86) -> int:
 
 
 def handle_emulation(vcpu: VcpuX86) -> int:
-    """An instruction that the processor does not have: its bytes for the VMM, its name for people."""
+    """An instruction that is not implemented: its bytes for the VMM, its name for people."""
     state = vcpu.state
     log.error("vCPU %d at %#x: %s", vcpu.vcpu_id, state.rip, vcpu.cpu.emulation_text)
     trace("kvm_emulate_insn", rip=state.rip, text=vcpu.cpu.emulation_text, failed=True)

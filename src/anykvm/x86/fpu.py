@@ -1,7 +1,8 @@
-"""x87, SSE and extended state in the ABI's formats: KVM_GET/SET_FPU, XSAVE, XSAVE2, XCRS (SDM vol. 1, 10.5 and 13.4).
+"""x87, SSE and extended state in the ABI's formats: KVM_GET/SET_FPU, XSAVE, XSAVE2, XCRS (SDM vol.
+1, 10.5 and 13.4).
 
-FXSAVE's image counts x87 registers from the top of the stack and has one tag bit a register; the processor has
-them in physical order with two tag bits.
+FXSAVE's image counts x87 registers from the top of the stack and has one tag bit a register; the
+processor has them in physical order with two tag bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The in-kernel interrupt controllers of one VM, wired to each other and to the vCPUs.
 
-arch/x86/kvm/irq.c and irq_comm.c: the 8259 pair, the IOAPIC and the PIT on their buses, the local APICs,
-messages (MSI), and which interrupt a vCPU takes next. `lock` is held around every call of a controller.
+arch/x86/kvm/irq.c and irq_comm.c: the 8259 pair, the IOAPIC and the PIT on their buses, the local
+APICs, messages (MSI), and which interrupt a vCPU takes next. `lock` is held around every call of a
+controller.
 """
 
 from __future__ import annotations
@@ -302,7 +303,9 @@ class InKernelIrqchip:
         )
 
     def default_routing(self) -> list[KernelIrqRoutingEntry]:
-        """`kvm_setup_default_irq_routing`: 0-15 lead to the PIC and the IOAPIC, 16-23 to the IOAPIC."""
+        """`kvm_setup_default_irq_routing`: 0-15 lead to the PIC and the IOAPIC, 16-23 to the
+        IOAPIC.
+        """
         entries = []
         for gsi in range(uapi.KVM_IOAPIC_NUM_PINS):
             entries.append(self.chip_route(gsi, uapi.KVM_IRQCHIP_IOAPIC, gsi))

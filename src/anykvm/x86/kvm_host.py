@@ -114,7 +114,7 @@ class KvmX86(Kvm):
 
 
 class VcpuX86(KvmVcpu):
-    """A vCPU. `requests` may be added to by any thread; all else belongs to the thread in an ioctl."""
+    """A vCPU. Any thread may add to `requests`; all else is the thread's that is in an ioctl."""
 
     kvm: KvmX86
 

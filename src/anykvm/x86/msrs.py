@@ -1,7 +1,8 @@
 """Model-specific registers: a row each, with how the guest and the VMM read and write it.
 
-SDM vol. 4; Documentation/virt/kvm/x86/msr.rst. What has no row is #GP for the guest and ends KVM_GET_MSRS and
-KVM_SET_MSRS. A host-initiated access is the VMM's and may set what the guest can only read.
+SDM vol. 4; Documentation/virt/kvm/x86/msr.rst. What has no row is #GP for the guest and ends
+KVM_GET_MSRS and KVM_SET_MSRS. A host-initiated access is the VMM's and may set what the guest can
+only read.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ Write = Callable[[VcpuX86, int, bool], bool]
 class Msr(NamedTuple):
     """One register. `write` says whether the value was allowed; None refuses all but equal values.
 
-    `listed`: it belongs to what KVM_GET_MSR_INDEX_LIST says is to be saved. `feature`: it describes the
-    processor and can be read from /dev/kvm. `reset` is its value after power-on, where it is only stored.
+    `listed`: it belongs to what KVM_GET_MSR_INDEX_LIST says is to be saved. `feature`: it describes
+    the processor and can be read from /dev/kvm. `reset` is its value after power-on, where it is
+    only stored.
     """
 
     name: str

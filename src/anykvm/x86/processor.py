@@ -1,7 +1,7 @@
 """What x86 needs of a processor, and the one place that makes one.
 
-`anykvm.cpu` is the processor; tests put a scripted one in its place with `use_engine`. Register state is `State`, shared with
-native code. `Exit` says why `Cpu.run` came back.
+`anykvm.cpu` is the processor; tests put a scripted one in its place with `use_engine`. Register
+state is `State`, shared with native code. `Exit` says why `Cpu.run` came back.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _check_sregs(vcpu: VcpuX86, sregs: Sregs) -> None:
     cr0, cr4, efer = sregs.cr0, sregs.cr4, sregs.efer
     long_mode = efer & EFER_LME and cr0 & CR0_PG
     rules = (
-        (cr0 >> 32 or cr0 & CR0_PG and not cr0 & CR0_PE, f"cr0 {cr0:#x}"),
+        (cr0 >> 32 or (cr0 & CR0_PG and not cr0 & CR0_PE), f"cr0 {cr0:#x}"),
         (cr0 & CR0_NW and not cr0 & CR0_CD, f"cr0 {cr0:#x} has NW without CD"),
         (cr4 & ~CR4_ALLOWED, f"cr4 {cr4:#x} has reserved bits"),
         (long_mode and not (cr4 & CR4_PAE and efer & EFER_LMA), f"efer {efer:#x}, cr4 {cr4:#x}"),

@@ -1,4 +1,6 @@
-"""Registers that travel in kvm_run instead of by ioctls of their own (KVM_CAP_SYNC_REGS, api.rst 6.74)."""
+"""Registers that travel in kvm_run instead of by ioctls of their own (KVM_CAP_SYNC_REGS, api.rst
+6.74).
+"""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from anykvm.kvm.errors import fail
 from anykvm.kvm.ioctl import In, Out, Value
 from anykvm.uapi import kvm as uapi
 from anykvm.x86 import lapic_regs as reg
-from anykvm.x86.kvm_host import IrqchipMode, MpState, PendingException, Request, VcpuX86
 from anykvm.x86.events import kvm_apic_accept_events
+from anykvm.x86.kvm_host import IrqchipMode, MpState, PendingException, Request, VcpuX86
 from anykvm.x86.tables import vcpu_ioctls
 
 VALID_FLAGS = (
@@ -142,7 +142,7 @@ def kvm_arch_vcpu_ioctl_set_mpstate(vcpu: VcpuX86, state: uapi.kvm_mp_state) -> 
 
 @vcpu_ioctls.row("KVM_INTERRUPT", In(uapi.kvm_interrupt))
 def kvm_vcpu_ioctl_interrupt(vcpu: VcpuX86, interrupt: uapi.kvm_interrupt) -> None:
-    """Deliver an external interrupt; ENXIO where the 8259s are in the kernel, EEXIST for a second."""
+    """Deliver an external interrupt; ENXIO where the 8259s are here, EEXIST for a second."""
     if interrupt.irq > 255:
         raise fail(EINVAL, f"there is no vector {interrupt.irq}")
     if vcpu.kvm.irqchip_mode is IrqchipMode.KERNEL:

@@ -1,4 +1,6 @@
-"""vCPU ioctls of x86 other than registers and events: CPUID, MSRs, local APIC, TSC, debug registers, machine checks."""
+"""vCPU ioctls of x86 other than registers and events: CPUID, MSRs, local APIC, TSC, debug
+registers, machine checks.
+"""
 
 from __future__ import annotations
 
@@ -69,9 +71,7 @@ def kvm_vcpu_ioctl_set_cpuid(
     _set_cpuid(
         vcpu,
         [
-            uapi.kvm_cpuid_entry2(
-                function=e.function, eax=e.eax, ebx=e.ebx, ecx=e.ecx, edx=e.edx
-            )
+            uapi.kvm_cpuid_entry2(function=e.function, eax=e.eax, ebx=e.ebx, ecx=e.ecx, edx=e.edx)
             for e in cpuid.entries
         ],
     )
@@ -95,9 +95,7 @@ def kvm_vcpu_ioctl_get_cpuid2(vcpu: VcpuX86, cpuid: Cpuid2) -> None:
 # MSRs.
 
 
-@vcpu_ioctls.row(
-    "KVM_GET_MSRS", InOutTail(uapi.kvm_msrs, uapi.kvm_msr_entry, "nmsrs", MAX_IO_MSRS)
-)
+@vcpu_ioctls.row("KVM_GET_MSRS", InOutTail(uapi.kvm_msrs, uapi.kvm_msr_entry, "nmsrs", MAX_IO_MSRS))
 def kvm_vcpu_ioctl_get_msrs(vcpu: VcpuX86, msrs: Msrs) -> int:
     """How many were read, which ends at the first that does not exist."""
     for done, entry in enumerate(msrs.entries):

@@ -1,7 +1,7 @@
 """KVM_RUN: enter the guest, deal with what it stops for, until userspace is needed.
 
-arch/x86/kvm/x86.c: `kvm_arch_vcpu_ioctl_run`, `vcpu_run`, `vcpu_enter_guest`, `vcpu_block`. An exit handler returns 1 to go on
-and 0 to return to userspace with `vcpu.run` filled in.
+arch/x86/kvm/x86.c: `kvm_arch_vcpu_ioctl_run`, `vcpu_run`, `vcpu_enter_guest`, `vcpu_block`. An exit
+handler returns 1 to go on and 0 to return to userspace with `vcpu.run` filled in.
 """
 
 from __future__ import annotations

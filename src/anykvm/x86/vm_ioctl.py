@@ -19,7 +19,9 @@ from anykvm.x86.tables import vm_ioctls
 
 NO_VCPU: Need[KvmX86] = Need(lambda kvm: not kvm.vcpus, EINVAL, "must come before any vCPU")
 IRQCHIP: Need[KvmX86] = Need(KvmX86.pic_in_kernel, ENXIO, "there is no full in-kernel irqchip")
-PIT: Need[KvmX86] = Need(lambda kvm: kvm.irqchip.pit is not None, ENXIO, "there is no in-kernel PIT")
+PIT: Need[KvmX86] = Need(
+    lambda kvm: kvm.irqchip.pit is not None, ENXIO, "there is no in-kernel PIT"
+)
 MAX_TSS_ADDR = (1 << 32) - 1 - 3 * PAGE_SIZE
 MIN_MMU_PAGES = 64
 
@@ -115,9 +117,7 @@ def _chip(chip_id: int) -> Chip:
     return found
 
 
-@vm_ioctls.row(
-    "KVM_GET_IRQCHIP", InOut(uapi.kvm_irqchip), uapi.KVM_CAP_IRQCHIP, needs=(IRQCHIP,)
-)
+@vm_ioctls.row("KVM_GET_IRQCHIP", InOut(uapi.kvm_irqchip), uapi.KVM_CAP_IRQCHIP, needs=(IRQCHIP,))
 def kvm_vm_ioctl_get_irqchip(kvm: KvmX86, chip: uapi.kvm_irqchip) -> None:
     with kvm.irqchip.lock:
         _chip(chip.chip_id).get(kvm, chip.chip)
@@ -209,7 +209,7 @@ def kvm_vm_ioctl_set_clock(kvm: KvmX86, data: uapi.kvm_clock_data) -> None:
 
 @dataclass(frozen=True, slots=True)
 class MsrRange:
-    """A bitmap from `base` on: a set bit allows the accesses of `flags`, a clear one denies them."""
+    """A bitmap from `base` on: set bits allow the accesses of `flags`, clear ones deny them."""
 
     flags: int
     base: int

@@ -27,7 +27,9 @@ APIC_BASE_BSP = 1 << 8
 
 
 class X86Vcpu(VcpuX86):
-    """A vCPU after power-on: the boot processor runs, the others wait for INIT if their APIC is here."""
+    """A vCPU after power-on: the boot processor runs, the others wait for INIT if their APIC is
+    here.
+    """
 
     def __init__(self, kvm: KvmX86, vcpu_id: int, memfd: Memfd) -> None:
         super().__init__(kvm, vcpu_id, memfd)

@@ -147,11 +147,17 @@ def xadd(i: Insn) -> None:
 
 @row("cmpxchg", lock=True)
 def cmpxchg(i: Insn) -> None:
-    """The destination is written in either case, so a read-only page faults."""
+    """Memory is written in either case, so a read-only page faults; a register only where they are equal."""
     expected = read_gpr(i, RAX, i.bits)
-    new = i.ops[1].read()
-    a, _ = i.ops[0].update(lambda a: a.eq(expected).select(new, a))
-    equal = a.eq(expected)
+    dst, new = i.ops[0], i.ops[1].read()
+    if dst.is_memory:
+        a, _ = dst.update(lambda a: a.eq(expected).select(new, a))
+        equal = a.eq(expected)
+    else:
+        a = dst.read()
+        equal = a.eq(expected)
+        with i.h.If(equal):
+            dst.write(new)
     with i.h.If(equal ^ 1):
         write_gpr(i, RAX, a)
     i.h.flags.sub(expected, a, expected - a)
@@ -172,12 +178,12 @@ def cmpxchg_pair(i: Insn, name: str) -> None:
 
     expected, new = pair(RAX, RDX), pair(RBX, RCX)
     place = op.place()
+    old = place.load(f"i{op.bits}")
     if "lock" in i.attrs:
         old, _ = compare_exchange(i.h, place.ptr, expected, new)
         with i.h.If(place.slow):
             place.store(old.eq(expected).select(new, old))
     else:
-        old = place.load(f"i{op.bits}")
         place.store(old.eq(expected).select(new, old))
     equal = old.eq(expected)
     with i.h.If(equal ^ 1):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from anykvm.cpu.forms import Insn, Memory, row
 from anykvm.cpu.guest import GP, SOFTWARE, UD, Handler
 from anykvm.cpu.insn.integer import RCX, write_gpr
-from anykvm.cpu.ir import Value
+from anykvm.cpu.ir import PTR, Value
 from anykvm.cpu.state import STATUS_FLAGS, Exit, Flag, Seg
 
 CS, SS = int(Seg.CS), int(Seg.SS)
@@ -159,12 +159,12 @@ def _descriptor(h: Handler, selector: Value) -> Value:
     usual = (selector & 4).eq(0) & index.ne(0) & (index + 7).ule(h.get("gdt_limit").zext(64))
     with h.If(usual ^ 1):
         h.leave(Exit.ASSIST)
-    address = h.get("gdt_base") + index
-    tag = h.tlb_entry(h.supervisor_tlb(), address)
-    host = (address ^ tag.load("i64", volatile=True, align=8)).ule(4096 - 8)
-    with h.If(host ^ 1):
+    found = h.entry("probe_read").call(
+        PTR, h.cpu, h.supervisor_tlb(), h.get("gdt_base") + index, h.const(8, 64), h.pc, h.icount
+    )
+    with h.If(found.eq(0)):
         h.leave(Exit.ASSIST)
-    return (address + tag.offset(24).load("i64", align=8)).to_ptr().load("i64", volatile=True)
+    return found.load("i64", volatile=True)
 
 
 def _attr(descriptor: Value) -> Value:
