@@ -207,7 +207,7 @@ class Machine:
         for code in codes:
             at, end = 0, len(code)
             while at < end:
-                decoded = decoder.decode(code[at : at + 15], CODE + at)
+                decoded = decoder.decode(code[at : at + 15].ljust(15, b"\xcc"), CODE + at)
                 assert decoded is not None
                 forms.setdefault(decoded.form.symbol, decoded.form)
                 at += decoded.length

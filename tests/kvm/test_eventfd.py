@@ -8,12 +8,12 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from tests.x86.fake_engine import port_out, store
+from tests.x86.machine import Machine, machine
 
 from anykvm.cpu.state import Exit
 from anykvm.kvm.coalesced_mmio import CoalescedRing
 from anykvm.uapi import kvm as uapi
-from tests.x86.fake_engine import port_out, store
-from tests.x86.machine import Machine, machine
 
 
 @contextmanager
@@ -181,7 +181,10 @@ def test_coalesced_writes_wait_in_the_ring():
         m.vm.register_coalesced_mmio(0xB8000, 0x1000)
         m.vm.register_coalesced_mmio(0x3C0, 0x20, pio=True)
         vcpu = m.add_vcpu(
-            store(0xB8010, b"\x41\x07"), port_out(0x3D4, b"\x0e"), store(0xB8FFE, bytes(4)), Exit.HLT
+            store(0xB8010, b"\x41\x07"),
+            port_out(0x3D4, b"\x0e"),
+            store(0xB8FFE, bytes(4)),
+            Exit.HLT,
         )
         assert vcpu.run() == uapi.KVM_EXIT_MMIO  # beyond the zone's end
         ring = vcpu._mapping.view(CoalescedRing, 0x2000)

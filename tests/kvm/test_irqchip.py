@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 
 import pytest
+from tests.x86.fake_engine import port_in, port_out, sti, store, wrmsr
+from tests.x86.machine import Machine, machine
 
 from anykvm.cpu.state import Exit
 from anykvm.uapi import kvm as uapi
-from tests.x86.fake_engine import port_in, port_out, sti, store, wrmsr
-from tests.x86.machine import Machine, machine
 
 
 def msi_route(gsi: int, vector: int, low: int = 0xFEE00000) -> uapi.kvm_irq_routing_entry:

@@ -6,6 +6,8 @@ import errno
 import os
 
 import pytest
+from tests.x86.fake_engine import FakeEngine
+from tests.x86.machine import machine
 
 from anykvm import fs
 from anykvm.api import Kvm
@@ -15,8 +17,6 @@ from anykvm.kvm.vcpu_ioctl import kvm_vcpu_fops
 from anykvm.kvm.vm_ioctl import kvm_vm_fops
 from anykvm.uapi import kvm as uapi
 from anykvm.x86.processor import use_engine
-from tests.x86.fake_engine import FakeEngine
-from tests.x86.machine import machine
 
 
 def behind(fd: int) -> fs.File:

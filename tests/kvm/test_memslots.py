@@ -8,11 +8,11 @@ import errno
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.x86.machine import machine
 
 from anykvm.api import GuestMemory
 from anykvm.kvm.memslots import KvmMemslots, KvmMrChange, check_memory_region
 from anykvm.uapi import kvm as uapi
-from tests.x86.machine import machine
 
 PAGE, HVA = 4096, 0x7F0000000000
 LOG = uapi.KVM_MEM_LOG_DIRTY_PAGES

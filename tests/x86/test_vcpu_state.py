@@ -288,6 +288,17 @@ def test_tsc_adjust_and_tsc_move_together():
         assert adjust >> 63  # the guest has set its clock back
 
 
+def test_vcpus_whose_tsc_is_written_in_turn_agree():
+    with machine() as m:
+        first, second = m.add_vcpu(), m.add_vcpu()
+        for start in (0, 10**15):
+            first.set_msrs({0x10: start})
+            second.set_msrs({0x10: start})
+            offsets = {cpu.state.tsc_offset for cpu in m.engine.cpus}
+            assert len(offsets) == 1
+        assert 0 <= first.get_msrs([0x10])[0x10] - 10**15 < 10**10
+
+
 def test_machine_check_setup():
     with machine() as m:
         vcpu = m.add_vcpu()

@@ -11,7 +11,15 @@ import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from iced_x86 import Decoder, Formatter, FormatterSyntax, Instruction, MemorySizeExt, OpKind, Register
+from iced_x86 import (
+    Decoder,
+    Formatter,
+    FormatterSyntax,
+    Instruction,
+    MemorySizeExt,
+    OpKind,
+    Register,
+)
 
 from anykvm.cpu.decode import (
     CODES,
@@ -64,7 +72,9 @@ class Assist:
     def reg(self, n: int) -> int:
         """Operand `n`, a general register."""
         kind, offset = TABLE[self.i.op_register(n)]
-        return int.from_bytes(ctypes.string_at(self.cpu.address + offset, int(kind[1:]) // 8), "little")
+        return int.from_bytes(
+            ctypes.string_at(self.cpu.address + offset, int(kind[1:]) // 8), "little"
+        )
 
     def set_reg(self, n: int, value: int) -> None:
         kind, offset = TABLE[self.i.op_register(n)]

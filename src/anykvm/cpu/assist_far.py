@@ -116,7 +116,11 @@ def _through_gate(a: Assist, selector: int, offset: int, size: int, *, call: boo
         raise GuestFault(GP, 0)
     found = segments.read_descriptor(cpu, selector)
     cpl = cpu.cpl
-    if not found.code or found.dpl > cpl or (not call and not found.conforming and found.dpl != cpl):
+    if (
+        not found.code
+        or found.dpl > cpl
+        or (not call and not found.conforming and found.dpl != cpl)
+    ):
         raise GuestFault(GP, selector & 0xFFFC)
     if not found.present:
         raise GuestFault(NP, selector & 0xFFFC)
@@ -215,7 +219,9 @@ def interrupt_return(a: Assist) -> None:
         _go(a, rip, size)
         return
     if cpu.rflags & Flag.NT:
-        raise GuestFault(GP, 0)  # IA-32e mode; elsewhere a task switch, which this processor has not
+        raise GuestFault(
+            GP, 0
+        )  # IA-32e mode; elsewhere a task switch, which this processor has not
     cpl = cpu.cpl
     if flags & Flag.VM and not cpl and not s.mode & Mode.LONG:
         _return_to_vm86(a, rip, selector, flags)

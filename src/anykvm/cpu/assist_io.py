@@ -93,7 +93,12 @@ def port_string(a: Assist) -> None:
 
     if incoming:
         cpu.write(linear, cpu.read(linear, size * count))  # a fault comes before the port is read
-        cpu._completion = lambda data: (cpu.write(linear, data), finish())[1]
+
+        def arrived(data: bytes) -> None:
+            cpu.write(linear, data)
+            finish()
+
+        cpu._completion = arrived
     else:
         cpu._outs = cpu.read(linear, size * count)
         cpu._completion = lambda _: finish()

@@ -39,6 +39,8 @@ def mov_special(a: Assist) -> None:
 
 
 def _read_cr8(a: Assist) -> None:
+    """The caller sets `State.cr8`; stepping over the instruction moves it to the register."""
+    a.cpu.on_advance = lambda: a.set_reg(0, a.s.cr8)
     raise Leave(Exit.CR8_READ)
 
 

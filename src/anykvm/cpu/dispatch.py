@@ -10,7 +10,17 @@ frame that lies in one page. Anything else returns to Python with `Exit.DELIVER`
 from __future__ import annotations
 
 from anykvm.cpu import fpu_image
-from anykvm.cpu.guest import CONVENTION, FAULT, PF, SOFTWARE, TLB_ADDEND, TLB_EXEC, TLB_WRITE, Handler, Routine
+from anykvm.cpu.guest import (
+    CONVENTION,
+    FAULT,
+    PF,
+    SOFTWARE,
+    TLB_ADDEND,
+    TLB_EXEC,
+    TLB_WRITE,
+    Handler,
+    Routine,
+)
 from anykvm.cpu.ir import PTR, Value
 from anykvm.cpu.mmu import I, W
 from anykvm.cpu.state import (

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from anykvm.cpu.processor import Cpu
 
 CONTRIBUTORY = frozenset((DE, TS, NP, SS, GP))
-INTERRUPT_GATES = {0xE: 4, 0xF: 4, 0x6: 2, 0x7: 2}  # type → bytes a pushed word, outside IA-32e mode
+INTERRUPT_GATES = {
+    0xE: 4,
+    0xF: 4,
+    0x6: 2,
+    0x7: 2,
+}  # type → bytes a pushed word, outside IA-32e mode
 TRAP_BIT = 1
 EXT = 1  # error codes: caused by an event from outside the program
 IDT = 2

@@ -202,14 +202,18 @@ class Memory(Operand):
     def place(self) -> Place:
         """This operand, found and checked for writing (once)."""
         if self._place is None:
-            self._place = self.h.place(self.address, self.bits // 8)
+            address = self.address
+            with self.h.through_stack("operand"):
+                self._place = self.h.place(address, self.bits // 8)
         return self._place
 
     def read(self, type_: str | None = None) -> Value:
         type_ = type_ or f"i{self.bits}"
         if self.writes:
             return self.place().load(type_)
-        return self.h.load_type(self.address, type_, self.bits // 8)
+        address = self.address
+        with self.h.through_stack("operand"):
+            return self.h.load_type(address, type_, self.bits // 8)
 
     def require_aligned(self, size: int) -> None:
         self.h.raise_if((self.address & (size - 1)).ne(0), GP, 0)

@@ -10,6 +10,9 @@ for the current privilege. A `Routine` is an ordinary function of the native run
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from anykvm.cpu.flags import LazyFlags
 from anykvm.cpu.ir import PTR, Function, Value
 from anykvm.cpu.state import (
@@ -62,7 +65,22 @@ ENTRIES = (
 )
 
 # Vectors (SDM vol. 3, table 6-1)
-DE, DB, NMI, BP, OF, BR, UD, NM, DF, TS, NP, SS, GP, PF = 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14
+DE, DB, NMI, BP, OF, BR, UD, NM, DF, TS, NP, SS, GP, PF = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    11,
+    12,
+    13,
+    14,
+)
 MF, AC, MC, XM = 16, 17, 18, 19
 
 # What `deliver` delivers
@@ -159,6 +177,8 @@ class Handler(Guest):
         super().__init__(name, "void", PARAMS, CONVENTION)
         self.pc, _, self.icount, self.tlb = self.args
         self._abort: str | None = None
+        self._stack_faults: dict[str, str] = {}
+        self._through = ""
         self._stack = 64
         self.code = 64
 
@@ -194,7 +214,9 @@ class Handler(Guest):
         return self.rip_slot(1).load("i64")
 
     # Ways on
-    def tail(self, callee: Value, pc: Value, icount: Value | None = None, tlb: Value | None = None) -> None:
+    def tail(
+        self, callee: Value, pc: Value, icount: Value | None = None, tlb: Value | None = None
+    ) -> None:
         icount = self.icount if icount is None else icount
         tlb = self.tlb if tlb is None else tlb
         if self.terminated:
@@ -229,6 +251,34 @@ class Handler(Guest):
         with self.If(cond):
             self.abort()
 
+    @contextmanager
+    def through_stack(self, how: str = "always") -> Iterator[None]:
+        """Accesses inside go through SS ("always"), or do where the record's operand does ("operand"): an address that
+        is not canonical is then #SS (SDM vol. 1, 3.3.7.1).
+        """
+        before, self._through = self._through, how
+        yield
+        self._through = before
+
+    def _probe_failed(self, failed: Value) -> None:
+        if not self._through:
+            self.abort_if(failed)
+            return
+        label = self._stack_faults.setdefault(self._through, self.label("stack_fault"))
+        with self.If(failed):
+            self.jump(label)
+
+    def _render_stack_faults(self) -> None:
+        for how, label in self._stack_faults.items():
+            self.start(label)
+            to_ss = self.get("exc_vector").eq(GP)
+            if how == "operand":
+                to_ss = to_ss & self.record(R_SEG, "i8").eq(int(Seg.SS))
+            with self.If(to_ss):
+                self.set("exc_vector", SS)
+            self.abort()
+        self._stack_faults = {}
+
     def raise_(self, vector: int, error: Value | int | None = None) -> None:
         self.fault(vector, error)
         self.abort()
@@ -249,6 +299,7 @@ class Handler(Guest):
         self.raise_if(self.cpl().ne(0), GP, 0)
 
     def render(self) -> str:
+        self._render_stack_faults()
         if self._abort is not None:
             self.start(self._abort)
             self.tail(self.entry("abort"), self.pc)
@@ -272,7 +323,7 @@ class Handler(Guest):
         found = self.entry(slow).call(
             PTR, self.cpu, self.tlb, va, self.const(size, 64), self.pc, self.icount
         )
-        self.abort_if(found.eq(0))
+        self._probe_failed(found.eq(0))
         bounced = found.eq_ptr(self.field("bounce")) if slow == "probe_write" else self.false()
         self.jump(fail)
         self.start(fail)
@@ -347,11 +398,13 @@ class Handler(Guest):
 
     def push(self, value: Value) -> None:
         size = value.bits // 8
-        self.store(self.stack_address(-size, size, write=True), value)
+        with self.through_stack():
+            self.store(self.stack_address(-size, size, write=True), value)
         self.set_rsp(self.get("gpr[4]") - size)
 
     def peek(self, bits: int, offset: int = 0) -> Value:
-        return self.load(self.stack_address(offset, bits // 8, write=False), bits)
+        with self.through_stack():
+            return self.load(self.stack_address(offset, bits // 8, write=False), bits)
 
     def drop(self, by: Value | int) -> None:
         self.set_rsp(self.get("gpr[4]") + by)
@@ -364,7 +417,10 @@ class Handler(Guest):
     # Interrupts becoming possible
     def enabling_interrupts(self) -> None:
         """After IF may have been set: leaves soon if something waits for it."""
-        with self.If(self.get("irq_pending").ne(0)), self.If((self.get("flags") & int(Flag.IF)).ne(0)):
+        with (
+            self.If(self.get("irq_pending").ne(0)),
+            self.If((self.get("flags") & int(Flag.IF)).ne(0)),
+        ):
             self.field("exit_request").store(self.const(1, 32), volatile=True)
 
 

@@ -304,17 +304,16 @@ class Function:
     def jump(self, label: str) -> None:
         self.terminate(f"br label %{label}")
 
-    def branch(self, cond: Value, then: str, other: str) -> None:
-        self.terminate(f"br i1 {cond.text}, label %{then}, label %{other}")
+    def branch(self, cond: Value, then: str, other: str, *, likely: bool = False) -> None:
+        weights = ", !prof !0" if likely else ""
+        self.terminate(f"br i1 {cond.text}, label %{then}, label %{other}{weights}")
 
     def render(self) -> str:
         params = ", ".join(f"{t} %{n}" for n, t in self.params)
         body = "\n".join(["entry:", *self._allocas, *self._lines])
         if not self._dead:
             body += "\n  ret void" if self.result == "void" else "\n  unreachable"
-        return (
-            f"define {self.convention} {self.result} @{self.name}({params}) nounwind {{\n{body}\n}}\n"
-        )
+        return f"define {self.convention} {self.result} @{self.name}({params}) nounwind {{\n{body}\n}}\n"
 
     # Values
     def const(self, value: int, bits: int) -> Value:
@@ -370,9 +369,9 @@ class Function:
 
     # Control flow
     @contextmanager
-    def If(self, cond: Value) -> Iterator[None]:
+    def If(self, cond: Value, *, likely: bool = False) -> Iterator[None]:
         then, end = self.label("then"), self.label("endif")
-        self.branch(cond, then, end)
+        self.branch(cond, then, end, likely=likely)
         self.start(then)
         yield
         self.jump(end)

@@ -52,7 +52,9 @@ class PhysicalMap:
     def map(self, gpa: int, size: int, hva: int, *, readonly: bool, log_dirty: bool) -> None:
         """Puts host memory at `gpa`; all three page aligned."""
         if (gpa | size | hva) % PAGE:
-            raise ValueError(f"expected page-aligned gpa, size and hva, got {gpa:#x} {size:#x} {hva:#x}")
+            raise ValueError(
+                f"expected page-aligned gpa, size and hva, got {gpa:#x} {size:#x} {hva:#x}"
+            )
         pages = size // PAGE
         dirty = (ctypes.c_uint8 * ((pages + 7) // 8))() if log_dirty else None
         flags = RAM | (READONLY if readonly else 0) | (LOG if dirty is not None else 0)
@@ -87,9 +89,7 @@ class PhysicalMap:
 
     def gpas(self, host: int) -> list[int]:
         """Guest-physical addresses of a host page (several where slots share memory)."""
-        return [
-            s.gpa + host - s.hva for s in self.slots.values() if s.hva <= host < s.hva + s.size
-        ]
+        return [s.gpa + host - s.hva for s in self.slots.values() if s.hva <= host < s.hva + s.size]
 
     def host(self, gpa: int) -> int | None:
         """Host address of a guest-physical one."""

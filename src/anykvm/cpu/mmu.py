@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from anykvm.cpu.guest import PF, TLB_ADDEND, TLB_EXEC, TLB_READ, TLB_WRITE, Routine
 from anykvm.cpu.ir import PTR, Value
-from anykvm.cpu.state import TLB_ENTRIES, TLB_ENTRY, TLB_LIST, Exit, Replay, offset_of
+from anykvm.cpu.state import TLB_ENTRIES, TLB_ENTRY, TLB_LIST, Exit, offset_of
 
 PHYSICAL_BITS = 46
 ADDRESS_MASK = ((1 << PHYSICAL_BITS) - 1) & ~0xFFF
@@ -35,6 +35,7 @@ RAM, READONLY, CODE, LOG = 1, 2, 4, 8
 # What `walk` returns besides the page's address
 OK, OK_WRITE, OK_EXEC, OK_LARGE, OK_GLOBAL = 1, 2, 4, 8, 16
 PTE_G = 1 << 8
+REPLAY_DATA = offset_of("replay[0].data") - offset_of("replay[0].gpa")
 LARGEST = 1 << 30  # a large page is at most that
 
 CR0_WP, CR0_PG = 1 << 16, 1 << 31
@@ -77,7 +78,9 @@ def _page_fault(f: Routine, va: Value, error: Value) -> None:
 
 
 def _set_bits(f: Routine, entry: Value, bits: int, width: int) -> None:
-    f.line(f"%{f.label('a')} = atomicrmw or ptr {entry.text}, i{width} {bits} seq_cst, align {width // 8}")
+    f.line(
+        f"%{f.label('a')} = atomicrmw or ptr {entry.text}, i{width} {bits} seq_cst, align {width // 8}"
+    )
 
 
 def walk() -> Routine:
@@ -103,7 +106,9 @@ def walk() -> Routine:
         shift.set(21)
     with f.If((efer & EFER_LMA).ne(0)):
         top = va.sar(47)
-        with f.If(top.ne(0) & top.ne(-1)):  # implicit accesses check for themselves that an address is canonical
+        with f.If(
+            top.ne(0) & top.ne(-1)
+        ):  # implicit accesses check for themselves that an address is canonical
             f.fault(13, 0)
             f.ret(f.const(0, 64))
     reserved = f.const(RESERVED_HIGH, 64) | (efer & EFER_NXE).eq(0).select(
@@ -396,7 +401,9 @@ def fetch() -> Routine:
             with f.If(host.ne(0)):
                 f.intrinsic("llvm.memcpy.p0.p0.i64", "void", to, host, length, f.false())
             with f.Else():
-                done = f.call("@mmio", "i1", f.cpu, gpa, length, f.false(), to, f["pc"], f["icount"])
+                done = f.call(
+                    "@mmio", "i1", f.cpu, gpa, length, f.false(), to, f["pc"], f["icount"]
+                )
                 with f.If(done ^ 1):
                     f.ret(f.false())
     f.ret(f.true())
@@ -431,7 +438,7 @@ def mmio() -> Routine:
         with f.If(n.ult(f.get("replay_count"))):
             done = f.field("replay").offset(n.zext(64) * 24)
             with f.If(f["write"] ^ 1):
-                from_ = done.offset(Replay.data.offset)
+                from_ = done.offset(REPLAY_DATA)
                 f.intrinsic("llvm.memcpy.p0.p0.i64", "void", data, from_, length, f.false())
             f.set("replay_next", n + 1)
         with f.Else():
@@ -483,20 +490,17 @@ def claim() -> Routine:
     host = entry.load("i64", volatile=True, align=8)
     with f.If((host & READONLY).ne(0)):
         f.ret(f.const(1, 64))
-    with f.If((host & CODE).ne(0)):
-        with f.If(_translated(f, entry)):
-            passes = f.get("code_write_pass")
-            with f.If(passes.eq(0)):
-                f.set("code_write_gpa", gpa)
-                f.set("code_write_size", f["size"])
-                f.set("exit_kind", int(Exit.CODE_WRITE))
-                f.ret(f.const(0, 64))
+    with f.If((host & CODE).ne(0)), f.If(_translated(f, entry)):
+        passes = f.get("code_write_pass")
+        with f.If(passes.eq(0)):
+            f.set("code_write_gpa", gpa)
+            f.set("code_write_size", f["size"])
+            f.set("exit_kind", int(Exit.CODE_WRITE))
+            f.ret(f.const(0, 64))
     with f.If((host & LOG).ne(0)):
         byte = entry.offset(16).load(PTR, align=8)
         mask = entry.offset(24).load("i64", align=8).trunc(8)
-        f.line(
-            f"%{f.label('a')} = atomicrmw or ptr {byte.text}, i8 {mask.text} seq_cst, align 1"
-        )
+        f.line(f"%{f.label('a')} = atomicrmw or ptr {byte.text}, i8 {mask.text} seq_cst, align 1")
     f.ret((host & ~0xFFF) + (gpa & 0xFFF))
     return f
 
@@ -528,7 +532,9 @@ def commit() -> Routine:
             with f.If(state.eq(0)):
                 f.ret(f.false())
             with f.If(state.eq(1)):
-                done = f.call("@mmio", "i1", f.cpu, gpa, length, f.true(), data, f["pc"], f["icount"])
+                done = f.call(
+                    "@mmio", "i1", f.cpu, gpa, length, f.true(), data, f["pc"], f["icount"]
+                )
                 with f.If(done ^ 1):
                     f.ret(f.false())
             with f.Else():

@@ -15,7 +15,18 @@ from anykvm.cpu import assist, events
 from anykvm.cpu.faults import GuestFault, Leave, Shutdown
 from anykvm.cpu.flags import read_rflags, write_rflags
 from anykvm.cpu.guest import DB, EVENT
-from anykvm.cpu.state import REPLAY, TLB_ENTRIES, TLB_ENTRY, TLB_LIST, Exit, Flag, Mode, Seg, State, offset_of
+from anykvm.cpu.state import (
+    REPLAY,
+    TLB_ENTRIES,
+    TLB_ENTRY,
+    TLB_LIST,
+    Exit,
+    Flag,
+    Mode,
+    Seg,
+    State,
+    offset_of,
+)
 
 if TYPE_CHECKING:
     from anykvm.cpu.engine import Engine
@@ -40,7 +51,10 @@ class Cpu:
         self.state = State.from_address(self.address)
         self._call = engine.runtime.call
         self._requested = False
-        self._completion: Callable[[bytes], None] | None = None
+        self._shutdown = False
+        self._completion: Callable[[bytes], None] | None = None  # of a string I/O instruction
+        self._outs: bytes | None = None  # what OUTS sends
+        self.on_advance: Callable[[], None] | None = None  # the rest of the instruction that left
         self.state.tlb_listed = TLB_LIST + 1
         self.single_step = False  # leave with DEBUG after each instruction
         self.emulation_text = ""
@@ -93,9 +107,7 @@ class Cpu:
 
     def in_shadow(self) -> bool:
         s = self.state
-        return bool(
-            s.shadow and s.rip == s.shadow_rip and s.insn_count == s.shadow_count
-        )
+        return bool(s.shadow and s.rip == s.shadow_rip and s.insn_count == s.shadow_count)
 
     def mode_changed(self) -> None:
         """Recomputes what translations depend on, after control registers, segments or flags were written."""
@@ -146,6 +158,9 @@ class Cpu:
     def run(self) -> Exit:
         """Executes the guest until the caller is needed."""
         while True:
+            if self._shutdown:
+                self._shutdown = False
+                return Exit.SHUTDOWN
             if self._requested:
                 self._requested = False
                 return Exit.REQUEST
@@ -299,9 +314,7 @@ class Cpu:
         s = self.state
         tlb = self._supervisor if supervisor or self.cpl != 3 else self._user
         s.replay_next = 0 if name == "start" else s.replay_next
-        found = self._call[name](
-            self.address, tlb, va & MASK64, size, s.exit_record, s.insn_count
-        )
+        found = self._call[name](self.address, tlb, va & MASK64, size, s.exit_record, s.insn_count)
         if not found:
             if s.exit_kind in (Exit.MMIO, Exit.CODE_WRITE):
                 raise Leave(Exit(s.exit_kind))
@@ -377,6 +390,7 @@ class Cpu:
         self._inject(vector, error_code, fault=True)
 
     def _inject(self, vector: int, error: int | None, *, fault: bool) -> None:
+        """Delivery between two runs; a triple fault shows in the next one."""
         try:
             events.deliver(self, vector, error, fault=fault)
         except Shutdown:
@@ -386,6 +400,9 @@ class Cpu:
     def advance(self, length: int | None = None) -> None:
         """Steps over the instruction that left, which is `length` bytes long if the caller knows better."""
         s = self.state
+        if self.on_advance:
+            done, self.on_advance = self.on_advance, None
+            done()
         if length is None:
             t = self.engine.translator
             length = (t.rip_of(s.exit_record + 32) - t.rip_of(s.exit_record)) & 0xFFFF
@@ -447,9 +464,6 @@ class Cpu:
         for n, value in ((RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)):
             self.state.gpr[n] = value
         self.advance()
-
-    _outs: bytes | None = None
-    _shutdown = False
 
 
 INTERNAL: dict[int, Callable[[Cpu], Exit | None]] = {

@@ -16,6 +16,7 @@ from ctypes import (
     c_uint64,
 )
 from enum import IntEnum, IntFlag
+from typing import Any
 
 u8, u16, u32, u64 = c_uint8, c_uint16, c_uint32, c_uint64
 
@@ -170,7 +171,10 @@ class State(ctypes.Structure):
         ("exit_kind", u32),  # Exit
         ("exit_request", c_int32),  # written by other threads
         ("irq_pending", u32),  # leave once interrupts can be taken
-        ("shadow", u32),  # 1: STI, 2: MOV SS: no interrupt at shadow_rip while no instruction retired
+        (
+            "shadow",
+            u32,
+        ),  # 1: STI, 2: MOV SS: no interrupt at shadow_rip while no instruction retired
         ("shadow_rip", u64),
         ("shadow_count", u64),
         ("nmi_blocked", u32),
@@ -217,7 +221,10 @@ class State(ctypes.Structure):
         ("count_interrupt", u64),
         ("count_flush", u64),
         ("tlb_listed", u64),
-        ("large_low", u64),  # addresses that large pages were seen to cover since everything was flushed
+        (
+            "large_low",
+            u64,
+        ),  # addresses that large pages were seen to cover since everything was flushed
         ("large_high", u64),
         ("tlb_list", u32 * TLB_LIST),
         ("jump", (u64 * 4) * JUMP_ENTRIES),
@@ -321,29 +328,29 @@ class State(ctypes.Structure):
     tlb_listed: int
 
 
-def offset_of(field: str) -> int:
-    """Byte offset of a field of `State`: `cr3`, `gpr[4]`, `seg[2].base`."""
+def _locate(field: str) -> tuple[int, Any]:
+    """Byte offset and ctypes type of a field of `State`."""
     name, _, rest = field.partition("[")
+    kind: Any = {f[0]: f[1] for f in State._fields_}[name]
     offset = int(getattr(State, name).offset)
     if rest:
         index, _, member = rest.partition("]")
-        element = dict((f[0], f[1]) for f in State._fields_)[name]._type_  # type: ignore[union-attr]
-        offset += int(index) * ctypes.sizeof(element)
+        kind = kind._type_
+        offset += int(index) * ctypes.sizeof(kind)
         if member:
-            offset += int(getattr(element, member[1:]).offset)
-    return offset
+            offset += int(getattr(kind, member[1:]).offset)
+            kind = {f[0]: f[1] for f in kind._fields_}[member[1:]]
+    return offset, kind
+
+
+def offset_of(field: str) -> int:
+    """Byte offset of a field of `State`: `cr3`, `gpr[4]`, `seg[2].base`."""
+    return _locate(field)[0]
 
 
 def width_of(field: str) -> int:
-    """Bits of a scalar field, as `offset_of` names it."""
-    name, _, rest = field.partition("[")
-    kind = dict((f[0], f[1]) for f in State._fields_)[name]
-    if rest:
-        kind = kind._type_  # type: ignore[union-attr]
-        member = rest.partition("]")[2]
-        if member:
-            kind = dict((f[0], f[1]) for f in kind._fields_)[member[1:]]  # type: ignore[union-attr]
-    return 8 * ctypes.sizeof(kind)
+    """Bits of a scalar field, named as for `offset_of`."""
+    return 8 * ctypes.sizeof(_locate(field)[1])
 
 
 ZERO = offset_of("zero") // 8  # the register number of the slot that is always 0

@@ -58,9 +58,14 @@ def inject_pending_events(vcpu: VcpuX86) -> None:
 
 
 def _inject_nmi(vcpu: VcpuX86) -> None:
-    """Now, or after the instruction that follows a MOV SS."""
+    """Now, or after the instruction that follows a MOV SS, or after the last NMI's IRET.
+
+    The processor does not tell of that IRET: the next time it is back here is soon enough.
+    """
     if vcpu.state.shadow == SHADOW_MOV_SS and vcpu.cpu.in_shadow():
         vcpu.cpu.request_exit()
+        return
+    if vcpu.state.nmi_blocked:
         return
     vcpu.nmi_pending -= 1
     vcpu.cpu.inject_nmi()

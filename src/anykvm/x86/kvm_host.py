@@ -76,6 +76,7 @@ class KvmX86(Kvm):
         super().__init__()
         self.engine = new_engine()
         self.clock = KvmClock()
+        self.cur_tsc_offset = -self.clock.master_tsc & MASK64  # the TSC starts with the VM
         self.irqchip_mode = IrqchipMode.NONE
         self.bsp_vcpu_id = 0
         self.tss_addr = 0
@@ -149,6 +150,17 @@ class VcpuX86(KvmVcpu):
         """Make the guest's TSC read `value` now."""
         tsc: int = host_tsc()
         self.set_tsc_offset(value - tsc & MASK64)
+
+    def synchronize_tsc(self, value: int) -> None:
+        """The VMM writes the TSC. Zero, or within a second of what the other vCPUs count, means
+        theirs: VMMs write each vCPU's in turn and want one time (`kvm_synchronize_tsc`).
+        """
+        tsc: int = host_tsc()
+        ahead = value - (tsc + self.kvm.cur_tsc_offset) & MASK64
+        second = self.tsc_khz * 1000
+        if value and second < ahead < MASK64 - second:
+            self.kvm.cur_tsc_offset = value - tsc & MASK64
+        self.set_tsc_offset(self.kvm.cur_tsc_offset)
 
     def set_tsc_offset(self, offset: int) -> None:
         self.state.tsc_offset = offset

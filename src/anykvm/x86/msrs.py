@@ -202,11 +202,13 @@ _enter(0xC0000080, Msr("efer", _read_efer, _write_efer))
 
 def _write_tsc(vcpu: VcpuX86, value: int, host: bool) -> bool:
     """A write by the guest shows in IA32_TSC_ADJUST (SDM vol. 3, 18.17.3)."""
+    if host:
+        vcpu.synchronize_tsc(value)
+        return True
     before = vcpu.state.tsc_offset
     vcpu.set_guest_tsc(value)
-    if not host:
-        change = vcpu.state.tsc_offset - before
-        vcpu.msrs[MSR_IA32_TSC_ADJUST] = vcpu.msrs.get(MSR_IA32_TSC_ADJUST, 0) + change & MASK64
+    change = vcpu.state.tsc_offset - before
+    vcpu.msrs[MSR_IA32_TSC_ADJUST] = vcpu.msrs.get(MSR_IA32_TSC_ADJUST, 0) + change & MASK64
     return True
 
 

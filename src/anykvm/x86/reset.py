@@ -42,7 +42,7 @@ def _reset_system(state: State, init_event: bool) -> None:
         state.dr[i] = 0
         state.pdpte[i] = 0
     state.dr6, state.dr7 = DR6_INIT, DR7_INIT
-    state.shadow = 0
+    state.shadow = state.nmi_blocked = 0
 
 
 def _reset_units(state: State) -> None:

@@ -40,7 +40,7 @@ def get_vcpu_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
     if vcpu.injected_vector is not None:
         events.interrupt.injected, events.interrupt.nr = 1, vcpu.injected_vector
     events.interrupt.shadow = TO_ABI[vcpu.state.shadow if vcpu.cpu.in_shadow() else 0]
-    events.nmi.pending = vcpu.nmi_pending
+    events.nmi.pending, events.nmi.masked = vcpu.nmi_pending, vcpu.state.nmi_blocked
     events.flags = (
         uapi.KVM_VCPUEVENT_VALID_NMI_PENDING
         | uapi.KVM_VCPUEVENT_VALID_SHADOW
@@ -82,8 +82,8 @@ def set_vcpu_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
         vcpu.exception = PendingException(exception.nr, code)
     vcpu.injected_vector = events.interrupt.nr if events.interrupt.injected else None
     if flags & uapi.KVM_VCPUEVENT_VALID_SHADOW:
-        mov_ss = events.interrupt.shadow & uapi.KVM_X86_SHADOW_INT_MOV_SS
-        vcpu.state.shadow = SHADOW_MOV_SS if mov_ss else SHADOW_STI * bool(events.interrupt.shadow)
+        _set_shadow(vcpu, events.interrupt.shadow)
+    vcpu.state.nmi_blocked = int(bool(events.nmi.masked))
     vcpu.nmi_pending = int(bool(events.nmi.injected))
     if flags & uapi.KVM_VCPUEVENT_VALID_NMI_PENDING:
         vcpu.nmi_pending += events.nmi.pending
@@ -93,6 +93,14 @@ def set_vcpu_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
     if flags & uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT and events.triple_fault.pending:
         vcpu.requests.add(Request.TRIPLE_FAULT)
     vcpu.requests.add(Request.EVENT)
+
+
+def _set_shadow(vcpu: VcpuX86, shadow: int) -> None:
+    """Hold interrupts off until the next instruction is done."""
+    state = vcpu.state
+    mov_ss = shadow & uapi.KVM_X86_SHADOW_INT_MOV_SS
+    state.shadow = SHADOW_MOV_SS if mov_ss else SHADOW_STI * bool(shadow)
+    state.shadow_rip, state.shadow_count = state.rip, state.insn_count
 
 
 def _set_apic_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:

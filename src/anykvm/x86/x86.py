@@ -38,7 +38,7 @@ class X86Vcpu(VcpuX86):
             self.apic = kvm.irqchip.new_lapic(self)
             self.state.apic_base = self.apic.apic_base
             self.mp_state = MpState.RUNNABLE if self.is_bsp else MpState.UNINITIALIZED
-        self.set_guest_tsc(0)
+        self.set_tsc_offset(kvm.cur_tsc_offset)
         kvm_vcpu_reset(self, init_event=False)
 
     def kvm_arch_vcpu_ioctl_run(self) -> int:

@@ -82,19 +82,6 @@ def popcnt(i: Insn) -> None:
     h.flags.pack(no, no, no, value.eq(0), no, no)
 
 
-@row("crc32", feature="sse42")
-def crc32(i: Insn) -> None:
-    """CRC-32C, a bit at a time (polynomial 11EDC6F41, reflected)."""
-    h = i.h
-    source = i.ops[1].read()
-    crc = h.var(i.ops[0].read().resize(32).zext(64) ^ source.zext(64))
-    for _ in range(source.bits):
-        value = crc.get()
-        crc.set((value >> 1) ^ ((-(value & 1)) & 0x82F63B78))
-    # What of the register the source did not reach moves down unchanged by the loop above: it took part in it.
-    i.ops[0].write(crc.get().resize(i.ops[0].bits))
-
-
 @row("andn", feature="bmi1")
 def andn(i: Insn) -> None:
     result = ~i.ops[1].read() & i.ops[2].read()

@@ -323,8 +323,7 @@ def cmovcc(i: Insn, name: str) -> None:
 @row("clc", "stc", "cmc")
 def carry(i: Insn, name: str) -> None:
     flags = i.h.flags
-    value = {"clc": i.h.false, "stc": i.h.true, "cmc": lambda: flags.cf() ^ 1}[name]()
-    flags.set_cf(value)
+    flags.set_cf(flags.cf() ^ 1 if name == "cmc" else i.h.const(int(name == "stc"), 1))
 
 
 @row("lahf")

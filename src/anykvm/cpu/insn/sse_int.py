@@ -101,10 +101,308 @@ def _pmulhrsw(a: Value, b: Value) -> Value:
 
 
 def absolute(v: Value) -> Value:
-    return v.f.intrinsic(_abs_name(v), v.type, v, v.f.false())
+    return intrinsic("abs", v, v.f.false())
 
 
-def _abs_name(v: Value) -> str:
-    from anykvm.cpu.insn.vector import suffix
+def _psadbw(a: Value, b: Value) -> Value:
+    """In each 64 bits, the sum of the differences of eight bytes."""
+    difference = absolute(resize(a, "zext", 16) - resize(b, "zext", 16))
+    f = a.f
+    sums = [
+        f.intrinsic(
+            "llvm.vector.reduce.add.v8i16",
+            "i16",
+            shuffle(difference, None, range(first, first + 8)),
+        ).zext(64)
+        for first in range(0, count_of(a), 8)
+    ]
+    return gather(sums)
 
-    return f"llvm.abs.{suffix(v.type)}"
+
+def _sign(a: Value, b: Value) -> Value:
+    zero = a.f.zero(a.type)
+    return b.slt(0).select(-a, b.eq(0).select(zero, a))
+
+
+def _pack(bits: int, *, unsigned: bool) -> Binary:
+    return lambda a, b: saturate(concat(a, b), bits, unsigned=unsigned)
+
+
+def _interleave(a: Value, b: Value, *, high: bool) -> Value:
+    n = count_of(a)
+    first = n // 2 if high else 0
+    return shuffle(a, b, (k for j in range(first, first + n // 2) for k in (j, n + j)))
+
+
+def _low(a: Value, b: Value) -> Value:
+    return _interleave(a, b, high=False)
+
+
+def _high(a: Value, b: Value) -> Value:
+    return _interleave(a, b, high=True)
+
+
+def _pshufb(a: Value, b: Value) -> Value:
+    """LLVM has no portable shuffle by a variable."""
+    if count_of(a) == 8:
+        return half(_pshufb(concat(a, a), concat(b & 0x87, b & 0x87)))
+    return a.f.intrinsic("llvm.x86.ssse3.pshuf.b.128", a.type, a, b)
+
+
+MMX_OR_SSE2: Table = {
+    **_each("padd", "bwdq", lambda a, b: a + b),
+    **_each("psub", "bwdq", lambda a, b: a - b),
+    **_each("padds", "bw", _named("sadd.sat")),
+    **_each("paddus", "bw", _named("uadd.sat")),
+    **_each("psubs", "bw", _named("ssub.sat")),
+    **_each("psubus", "bw", _named("usub.sat")),
+    **_each("pavg", "bw", _average),
+    **_each("pcmpeq", "bwd", _mask("eq")),
+    **_each("pcmpgt", "bwd", _mask("sgt")),
+    "pmullw": (16, lambda a, b: a * b),
+    "pmulhw": (16, _high_product("sext")),
+    "pmulhuw": (16, _high_product("zext")),
+    "pmuludq": (64, _even_product("zext")),
+    "pmaddwd": (16, _pmaddwd),
+    "psadbw": (8, _psadbw),
+    "pmaxub": (8, _named("umax")),
+    "pminub": (8, _named("umin")),
+    "pmaxsw": (16, _named("smax")),
+    "pminsw": (16, _named("smin")),
+    "packsswb": (16, _pack(8, unsigned=False)),
+    "packssdw": (32, _pack(16, unsigned=False)),
+    "packuswb": (16, _pack(8, unsigned=True)),
+    "punpcklbw": (8, _low),
+    "punpcklwd": (16, _low),
+    "punpckldq": (32, _low),
+    "punpckhbw": (8, _high),
+    "punpckhwd": (16, _high),
+    "punpckhdq": (32, _high),
+    "pand": (64, lambda a, b: a & b),
+    "pandn": (64, lambda a, b: ~a & b),
+    "por": (64, lambda a, b: a | b),
+    "pxor": (64, lambda a, b: a ^ b),
+}
+SSE: Table = {
+    "andps": (64, lambda a, b: a & b),
+    "andnps": (64, lambda a, b: ~a & b),
+    "orps": (64, lambda a, b: a | b),
+    "xorps": (64, lambda a, b: a ^ b),
+    "unpcklps": (32, _low),
+    "unpckhps": (32, _high),
+}
+SSE2: Table = {
+    "andpd": (64, lambda a, b: a & b),
+    "andnpd": (64, lambda a, b: ~a & b),
+    "orpd": (64, lambda a, b: a | b),
+    "xorpd": (64, lambda a, b: a ^ b),
+    "unpcklpd": (64, _low),
+    "unpckhpd": (64, _high),
+    "punpcklqdq": (64, _low),
+    "punpckhqdq": (64, _high),
+}
+SSSE3: Table = {
+    **_each("psign", "bwd", _sign),
+    **_each("phadd", "wd", _horizontal(lambda a, b: a + b)),
+    **_each("phsub", "wd", _horizontal(lambda a, b: a - b)),
+    "phaddsw": (16, _horizontal(_named("sadd.sat"))),
+    "phsubsw": (16, _horizontal(_named("ssub.sat"))),
+    "pmaddubsw": (8, _pmaddubsw),
+    "pmulhrsw": (16, _pmulhrsw),
+    "pshufb": (8, _pshufb),
+}
+SSE4_1: Table = {
+    "pmaxsb": (8, _named("smax")),
+    "pminsb": (8, _named("smin")),
+    "pmaxuw": (16, _named("umax")),
+    "pminuw": (16, _named("umin")),
+    **_each("pmaxs", "d", _named("smax")),
+    **_each("pmins", "d", _named("smin")),
+    **_each("pmaxu", "d", _named("umax")),
+    **_each("pminu", "d", _named("umin")),
+    "pmulld": (32, lambda a, b: a * b),
+    "pmuldq": (64, _even_product("sext")),
+    "pcmpeqq": (64, _mask("eq")),
+    "packusdw": (32, _pack(16, unsigned=True)),
+}
+SSE4_2: Table = {"pcmpgtq": (64, _mask("sgt"))}
+TABLES = {
+    "sse2/mmx": MMX_OR_SSE2,
+    "sse": SSE,
+    "sse2": SSE2,
+    "ssse3/mmx": SSSE3,
+    "sse4.1": SSE4_1,
+    "sse4.2": SSE4_2,
+}
+BINARY: Table = {name: cell for table in TABLES.values() for name, cell in table.items()}
+
+
+def binary(i: Insn, name: str) -> None:
+    bits, meaning = BINARY[name]
+    dst, src = i.ops
+    a = dst.read(lanes(dst.bits, bits))
+    dst.write(meaning(a, read(src, dst.bits, bits)))
+
+
+for feature, table in TABLES.items():
+    for only in table:
+        row(only, feature=feature)(lambda i, name=only: binary(i, name))
+
+
+# One source
+@row("pabsb", "pabsw", "pabsd", feature="ssse3/mmx")
+def pabs(i: Insn, name: str) -> None:
+    dst, src = i.ops
+    dst.write(absolute(src.read(lanes(dst.bits, BITS[name[-1]]))))
+
+
+@row("phminposuw", feature="sse4.1")
+def phminposuw(i: Insn) -> None:
+    """The smallest of eight words, and where it stands first."""
+    h = i.h
+    numbers = Value(h, "<" + ", ".join(f"i32 {n}" for n in range(8)) + ">", "<8 x i32>")
+    keyed = (resize(i.ops[1].read("<8 x i16>"), "zext", 32) << 16) | numbers
+    least = h.intrinsic("llvm.vector.reduce.umin.v8i32", "i32", keyed)
+    both = (least >> 16) | ((least & 7) << 16)
+    i.ops[0].write(insert(h.zero("<4 x i32>"), 0, both))
+
+
+@row("ptest", writes=(), feature="sse4.1")
+def ptest(i: Insn) -> None:
+    h, (a, b) = i.h, (op.read("i128") for op in i.ops)
+    no = h.false()
+    h.flags.pack((~a & b).eq(0), no, no, (a & b).eq(0), no, no)
+
+
+# Shuffles and the like, by an immediate
+def control(i: Insn) -> int:
+    """The immediate, which is known when the handler is compiled."""
+    value = i.ops[-1].read().constant
+    assert value is not None
+    return value
+
+
+def fields(immediate: int, count: int, bits: int) -> list[int]:
+    """The first `count` fields of `bits` bits."""
+    return [immediate >> (bits * n) & ((1 << bits) - 1) for n in range(count)]
+
+
+def _shuffle_row(name: str, bits: int, feature: str, order: Callable[[int], list[int]]) -> None:
+    """`order` gives from the immediate the numbers of the source's elements."""
+
+    def semantics(i: Insn) -> None:
+        dst, src = i.ops[:2]
+        dst.write(shuffle(src.read(lanes(dst.bits, bits)), None, order(control(i))))
+
+    row(name, feature=feature, constant=True)(semantics)
+
+
+_shuffle_row("pshufd", 32, "sse2", lambda c: fields(c, 4, 2))
+_shuffle_row("pshufw", 16, "sse/mmx", lambda c: fields(c, 4, 2))
+_shuffle_row("pshuflw", 16, "sse2", lambda c: [*fields(c, 4, 2), 4, 5, 6, 7])
+_shuffle_row("pshufhw", 16, "sse2", lambda c: [0, 1, 2, 3, *(4 + n for n in fields(c, 4, 2))])
+
+
+@row("shufps", feature="sse", constant=True)
+def shufps(i: Insn) -> None:
+    a, b = (op.read("<4 x i32>") for op in i.ops[:2])
+    first, second, third, fourth = fields(control(i), 4, 2)
+    i.ops[0].write(shuffle(a, b, (first, second, 4 + third, 4 + fourth)))
+
+
+@row("shufpd", feature="sse2", constant=True)
+def shufpd(i: Insn) -> None:
+    a, b = (op.read("<2 x i64>") for op in i.ops[:2])
+    low, high = fields(control(i), 2, 1)
+    i.ops[0].write(shuffle(a, b, (low, 2 + high)))
+
+
+@row("palignr", feature="ssse3/mmx", constant=True)
+def palignr(i: Insn) -> None:
+    """Bytes from the immediate's on of source and destination one after the other, then zeros."""
+    dst, src = i.ops[:2]
+    type_ = lanes(dst.bits, 8)
+    count = dst.bits // 8
+    pair = concat(src.read(type_), dst.read(type_))
+    zero = i.h.zero(pair.type)
+    first = min(control(i), 2 * count)
+    dst.write(shuffle(pair, zero, range(first, first + count)))
+
+
+BLENDS = {"blendps": 32, "blendpd": 64, "pblendw": 16}
+
+
+@row(*BLENDS, feature="sse4.1", constant=True)
+def blend_by_immediate(i: Insn, name: str) -> None:
+    type_ = lanes(128, BLENDS[name])
+    a, b = (op.read(type_) for op in i.ops[:2])
+    i.ops[0].write(blend(a, b, [bool(bit) for bit in fields(control(i), count_of(a), 1)]))
+
+
+VARIABLE_BLENDS = {"pblendvb": 8, "blendvps": 32, "blendvpd": 64}
+
+
+@row(*VARIABLE_BLENDS, feature="sse4.1")
+def blend_by_register(i: Insn, name: str) -> None:
+    """The signs of XMM0's elements choose."""
+    type_ = lanes(128, VARIABLE_BLENDS[name])
+    a, b, mask = (op.read(type_) for op in i.ops)
+    i.ops[0].write(mask.slt(0).select(b, a))
+
+
+@row("mpsadbw", feature="sse4.1", constant=True)
+def mpsadbw(i: Insn) -> None:
+    """Sums of differences between four bytes of the source and those at eight places of the destination."""
+    c = control(i)
+    a, b = (op.read("<16 x i8>") for op in i.ops[:2])
+    total = i.h.zero("<8 x i16>")
+    for j in range(4):
+        first = 4 * (c >> 2 & 1) + j
+        window = resize(shuffle(a, None, range(first, first + 8)), "zext", 16)
+        byte = resize(splat(extract(b, 4 * (c & 3) + j), 8), "zext", 16)
+        total = total + absolute(window - byte)
+    i.ops[0].write(total)
+
+
+# Shifts
+SHIFTS = {"psll": "shl", "psrl": "lshr", "psra": "ashr"}
+
+
+@row(*(stem + b for stem in SHIFTS for b in "wdq" if stem + b != "psraq"), feature="sse2/mmx")
+def shift(i: Insn, name: str) -> None:
+    """All elements by one count, the low 64 bits of the source; from the element's width on, zeros or signs."""
+    h, bits, op = i.h, BITS[name[-1]], SHIFTS[name[:4]]
+    dst, src = i.ops
+    if src.spec == "i":
+        count = src.read().resize(64)
+    else:
+        count = extract(src.read(lanes(src.bits, 64)), 0)
+    inside = count.ult(bits)
+    amount = splat(inside.select(count, bits - 1).resize(bits), dst.bits // bits)
+    moved = dst.read(lanes(dst.bits, bits))._binary(op, amount)
+    dst.write(moved if op == "ashr" else inside.select(moved, h.zero(moved.type)))
+
+
+@row("pslldq", "psrldq", feature="sse2", constant=True)
+def shift_bytes(i: Insn, name: str) -> None:
+    dst = i.ops[0]
+    value = dst.read("<16 x i8>")
+    n = min(control(i), 16)
+    if name == "psrldq":
+        moved = shuffle(value, i.h.zero(value.type), range(n, n + 16))
+    else:
+        moved = shuffle(i.h.zero(value.type), value, range(16 - n, 32 - n))
+    dst.write(moved)
+
+
+# Of SSE4.2 too, but on general registers: CR0.TS and CR4.OSFXSR do not matter
+@row("crc32")
+def crc32(i: Insn) -> None:
+    """CRC-32C. LLVM has no portable form of it that compiles to one instruction."""
+    h, (dst, src) = i.h, i.ops
+    crc, data = dst.read(), src.read()
+    if src.bits == 64:
+        dst.write(h.intrinsic("llvm.x86.sse42.crc32.64.64", "i64", crc, data))
+        return
+    name = f"llvm.x86.sse42.crc32.32.{src.bits}"
+    dst.write(h.intrinsic(name, "i32", crc.trunc(32), data).zext(dst.bits))

@@ -89,11 +89,7 @@ def set_step_mode(i: Insn, image: Value) -> None:
 def leave(i: Insn) -> None:
     h, n = i.h, _size(i)
     rbp = h.get("gpr[5]")
-    if h._stack == 64:
-        value = h.load(rbp, n)
-    else:
-        from_stack = rbp & ((1 << h._stack) - 1)
-        value = h.load(h.linear(2, from_stack, n // 8, write=False), n)
+    value = _load_stack(i, rbp, n)
     h.set_rsp(rbp + n // 8)
     write_gpr(i, RBP, value)
 
@@ -105,7 +101,8 @@ def enter(i: Insn) -> None:
     size = n // 8
     level = h.aux() & 31
     frame = (h.get("gpr[4]") - size) & ((1 << h._stack) - 1)
-    h.store(h.stack_address(-size, size, write=True), read_gpr(i, RBP, n))
+    with h.through_stack():
+        h.store(h.stack_address(-size, size, write=True), read_gpr(i, RBP, n))
     depth = h.var(h.const(size, 64))
     with h.If(level.ne(0)):
         source = h.var(h.get("gpr[5]"))
@@ -123,10 +120,10 @@ def enter(i: Insn) -> None:
 
 def _load_stack(i: Insn, offset: Value, bits: int) -> Value:
     h = i.h
-    if h._stack == 64:
+    if h._stack != 64:
+        offset = h.linear(2, offset & ((1 << h._stack) - 1), bits // 8, write=False)
+    with h.through_stack():
         return h.load(offset, bits)
-    masked = offset & ((1 << h._stack) - 1)
-    return h.load(h.linear(2, masked, bits // 8, write=False), bits)
 
 
 def _push_at(i: Insn, depth: Var, value: Value) -> None:
@@ -135,7 +132,8 @@ def _push_at(i: Insn, depth: Var, value: Value) -> None:
     offset = h.get("gpr[4]") - depth.get()
     if h._stack != 64:
         offset = h.linear(2, offset & ((1 << h._stack) - 1), size, write=True)
-    h.store(offset, value)
+    with h.through_stack():
+        h.store(offset, value)
 
 
 @row("pusha", writes=())

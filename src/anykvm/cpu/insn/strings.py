@@ -46,6 +46,14 @@ class Strings:
             moved = read_gpr(self.i, number, self.address_bits) + by.trunc(self.address_bits)
             write_gpr(self.i, number, moved)
 
+    def cut_registers(self, *numbers: int) -> None:
+        """With 32-bit addresses in 64-bit mode a count of 0 still clears the upper halves, as processors do."""
+        if self.address_bits != 32 or self.legacy:
+            return
+        with self.h.If(read_gpr(self.i, RCX, 32).eq(0)):
+            for number in numbers:
+                write_gpr(self.i, number, read_gpr(self.i, number, 32))
+
     def count_down(self) -> Value:
         left = read_gpr(self.i, RCX, self.address_bits) - 1
         write_gpr(self.i, RCX, left)
@@ -56,16 +64,16 @@ def repeat(
     i: Insn,
     body: Callable[[Strings], None],
     *,
-    compare: bool = False,
     bulk: Callable[[Strings, LoopScope], None] | None = None,
+    moving: tuple[int, ...] = (),
 ) -> None:
-    """Runs `body` once, or under REP until the count is 0 (or, comparing, ZF says stop)."""
+    """Runs `body` once, or under REP until the count is 0. `moving` pointers lose their upper halves where a count is 0."""
     s = Strings(i)
     h = i.h
-    rep = i.attrs & {"rep", "repne"}
-    if not rep:
+    if not i.attrs & {"rep", "repne"}:
         body(s)
         return
+    s.cut_registers(RCX, *moving)
     turns = h.var(h.const(POLL_EVERY, 64))
     with h.Loop() as loop:
         loop.break_if(read_gpr(i, RCX, s.address_bits).eq(0))
@@ -74,13 +82,40 @@ def repeat(
         body(s)
         s.count_down()
         h.set("replay_count", 0)
-        if compare:
-            zf = h.flags.zf()
-            loop.break_if(zf if "repne" in rep else zf ^ 1)
         turns.set(turns.get() - 1)
         with h.If(turns.get().eq(0)):
             _leave_if_asked(i)
             turns.set(POLL_EVERY)
+
+
+def repeat_compare(i: Insn, pair: Callable[[Strings], tuple[Value, Value]]) -> None:
+    """Compares the two values of `pair` once, or under REP until the count is 0 or ZF says stop.
+
+    A fault in the middle leaves the flags as they were before the instruction (SDM vol. 2, REP).
+    """
+    s = Strings(i)
+    h = i.h
+    if not i.attrs & {"rep", "repne"}:
+        a, b = pair(s)
+        h.flags.sub(a, b, a - b)
+        return
+    s.cut_registers(RCX)
+    turns = h.var(h.const(POLL_EVERY, 64))
+    with h.If(read_gpr(i, RCX, s.address_bits).ne(0)):
+        last = h.local(f"i{s.n}"), h.local(f"i{s.n}")
+        with h.Loop() as loop:
+            for var, value in zip(last, pair(s), strict=True):
+                var.set(value)
+            left = s.count_down()
+            h.set("replay_count", 0)
+            equal = last[0].get().eq(last[1].get())
+            loop.break_if(left.eq(0) | (equal if "repne" in i.attrs else equal ^ 1))
+            turns.set(turns.get() - 1)
+            with h.If(turns.get().eq(0)):
+                _leave_if_asked(i)
+                turns.set(POLL_EVERY)
+        a, b = (var.get() for var in last)
+        h.flags.sub(a, b, a - b)
 
 
 def _leave_if_asked(i: Insn) -> None:
@@ -155,7 +190,7 @@ def movs(i: Insn) -> None:
         s.h.store(s.destination(write=True), value)
         s.step(RSI, RDI)
 
-    repeat(i, body, bulk=_move_bulk)
+    repeat(i, body, bulk=_move_bulk, moving=(RSI, RDI))
 
 
 @row("stos", writes=())
@@ -164,7 +199,7 @@ def stos(i: Insn) -> None:
         s.h.store(s.destination(write=True), read_gpr(i, RAX, s.n))
         s.step(RDI)
 
-    repeat(i, body, bulk=_store_bulk)
+    repeat(i, body, bulk=_store_bulk, moving=(RDI,))
 
 
 @row("lods", writes=())
@@ -178,20 +213,20 @@ def lods(i: Insn) -> None:
 
 @row("scas", writes=())
 def scas(i: Insn) -> None:
-    def body(s: Strings) -> None:
+    def pair(s: Strings) -> tuple[Value, Value]:
         a, b = read_gpr(i, RAX, s.n), s.h.load(s.destination(write=False), s.n)
         s.step(RDI)
-        s.h.flags.sub(a, b, a - b)
+        return a, b
 
-    repeat(i, body, compare=True)
+    repeat_compare(i, pair)
 
 
 @row("cmps", writes=())
 def cmps(i: Insn) -> None:
-    def body(s: Strings) -> None:
+    def pair(s: Strings) -> tuple[Value, Value]:
         a = s.h.load(s.source(), s.n)
         b = s.h.load(s.destination(write=False), s.n)
         s.step(RSI, RDI)
-        s.h.flags.sub(a, b, a - b)
+        return a, b
 
-    repeat(i, body, compare=True)
+    repeat_compare(i, pair)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from anykvm.cpu.forms import Operand
+from anykvm.cpu.forms import Operand, Register
 from anykvm.cpu.ir import Value
 
 FLOATS = {32: "float", 64: "double"}
@@ -141,4 +141,4 @@ def read_float(op: Operand, element: str, count: int) -> Value:
     of two NaNs the first one is the result.
     """
     type_ = element if count == 1 else vector(count, element)
-    return op.read_volatile(type_)
+    return op.ptr.load(type_, volatile=True) if isinstance(op, Register) else op.read(type_)

@@ -90,7 +90,7 @@ class Stack:
         turn = (self.top << 1).trunc(16)
         turned = h.intrinsic("llvm.fshr.i16", "i16", self.tags, self.tags, turn)
         wanted = 0x4000 if push else 0
-        care = wanted | sum(1 << 2 * n for n in reads)
+        care = wanted | sum(1 << 2 * n for n in set(reads))
         return ((turned & (turned >> 1) & care) ^ wanted).eq(0)
 
     def moved_tags(self, *, pops: int, push: bool) -> Value:

@@ -1,0 +1,89 @@
+"""x87 instructions on random states against the host's own unit."""
+
+from __future__ import annotations
+
+import random
+import zlib
+
+import pytest
+
+from . import x87_values
+from .assembler import assemble_many
+from .differential import differences, run_both
+from .layout import X87, Case, Result
+
+ARITHMETIC = ("add", "mul", "sub", "subr", "div", "divr")
+SIZES = {"dword": 4, "qword": 8, "word": 2, "tbyte": 10}
+
+
+def _registers() -> list[str]:
+    texts = []
+    for n in (0, 1, 2, 7):
+        for a in ARITHMETIC:
+            texts += [f"f{a} st(0), st({n})", f"f{a} st({n}), st(0)", f"f{a}p st({n}), st(0)"]
+        for c in ("com", "comp", "ucom", "ucomp"):
+            texts.append(f"f{c} st({n})")
+        for c in ("fcomi", "fcompi", "fucomi", "fucompi"):
+            texts.append(f"{c} st(0), st({n})")
+        texts += [f"fcmov{c} st(0), st({n})" for c in "b e be u nb ne nbe nu".split()]
+        texts += [f"{m} st({n})" for m in ("fld", "fst", "fstp", "fxch", "ffree", "ffreep")]
+    return texts
+
+
+NULLARY = (
+    "fcompp fucompp ftst fxam fchs fabs fsqrt frndint fscale fxtract fprem fprem1 fld1 fldl2t fldl2e"
+    " fldpi fldlg2 fldln2 fldz fincstp fdecstp fnop fsin fcos fsincos fptan fpatan f2xm1 fyl2x"
+    " fyl2xp1 fninit fnclex fwait"
+).split()
+
+
+def _memory() -> list[str]:
+    texts = []
+    for size in ("dword", "qword"):
+        for m in (*ARITHMETIC, "com", "comp", "ld", "st", "stp"):
+            texts.append(f"f{m} {size} ptr [rbx]")
+    for size in ("word", "dword"):
+        for m in (*ARITHMETIC, "com", "comp", "ld", "st", "stp", "sttp"):
+            texts.append(f"fi{m} {size} ptr [rbx]")
+    texts += [f"{m} qword ptr [rbx]" for m in ("fild", "fistp", "fisttp")]
+    texts += [f"{m} tbyte ptr [rbx]" for m in ("fld", "fstp", "fbld", "fbstp")]
+    return texts
+
+
+CONTROL = ["fnstcw word ptr [rbx]", "fnstsw word ptr [rbx]", "fnstsw ax", "fldcw word ptr [rbx]"]
+GROUPS = {
+    "registers": _registers(), "nullary": NULLARY, "memory": _memory(), "control": CONTROL,
+}  # fmt: skip
+
+
+def _cases(texts: list[str], count: int, *, unmasked: bool) -> tuple[list[Case], dict[bytes, str]]:
+    codes = assemble_many(texts)
+    cases = []
+    for text, code in zip(texts, codes, strict=True):
+        r = random.Random(zlib.crc32(text.encode()) + unmasked)
+        size = next((n for word, n in SIZES.items() if word + " ptr" in text and word in text.split()), 0)
+        cases += [x87_values.case(r, code, size, unmasked=unmasked) for _ in range(count)]
+    return cases, dict(zip(codes, texts, strict=True))
+
+
+def _text(x: X87) -> str:
+    values = " ".join(f"{int.from_bytes(v, 'little'):020x}" for v in x.st)
+    return f"cw={x.cw:04x} sw={x.sw:04x} tag={x.tag:08b} {values}"
+
+
+def _report(text: str, case: Case, guest: Result, native: Result) -> str:
+    lines = [f"{text}: {'; '.join(differences(guest, native))[:300]}"]
+    states = (("before", case.x87), ("guest", guest.x87), ("host", native.x87))
+    return "\n".join([*lines, *(f"  {name:6} {_text(x)}" for name, x in states)])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("unmasked", [False, True], ids=["masked", "unmasked"])
+def test_against_host(group: str, unmasked: bool) -> None:
+    cases, names = _cases(GROUPS[group], 40, unmasked=unmasked)
+    wrong = [
+        _report(names[case.code], case, guest, native)
+        for case, guest, native in run_both(cases)
+        if differences(guest, native)
+    ]
+    assert not wrong, f"{len(wrong)} of {len(cases)} differ\n" + "\n".join(wrong[:20])
