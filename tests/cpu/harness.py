@@ -15,13 +15,15 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from iced_x86 import Decoder, Instruction
+
 from anykvm.cpu.engine import Cpu, Engine, Exit
 from anykvm.cpu.flags import write_rflags
 from anykvm.cpu.forms import Form, build
 from anykvm.cpu.guest import Handler
 from anykvm.cpu.jit import process_jit
 from anykvm.cpu.state import Flag, Seg, State, offset_of
-from anykvm.cpu.translate import CODE_MODE
+from anykvm.cpu.unit import CODE_MODE
 
 from .layout import (
     CODE,
@@ -42,9 +44,12 @@ from .layout import (
 GDT, IDT64, IDT32, TSS64, TSS32, FAULT_STACK, HANDLERS = (
     0x1000, 0x2000, 0x3000, 0x4000, 0x4800, 0x6000, 0x6000,
 )  # fmt: skip
-PML4, PDPT, DIRECTORIES, SCRATCH_TABLE = 0x8000, 0x9000, 0xA000, 0xE000
+SYSTEM_PDPT, PML4, PDPT, DIRECTORIES, SCRATCH_TABLE, SYSTEM_DIRECTORY = (
+    0x7000, 0x8000, 0x9000, 0xA000, 0xE000, 0xF000,
+)  # fmt: skip
 REAL_CODE, REAL_DATA = 0x10000, 0x20000
 LOW_SIZE = 2 << 20
+SYSTEM = 0xFFFF_8000_0000_0000  # where paged modes see them
 MMIO = 0xD000_0000
 P, W, U, A, D, PS, NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
 ALL = P | W | U | A | D
@@ -134,6 +139,8 @@ class Machine:
     # Memory, from outside
     def hva(self, address: int) -> int:
         """Host address of a linear address."""
+        if address >= SYSTEM:
+            address -= SYSTEM
         for region in self.regions:
             if region.start <= address < region.start + region.size:
                 return region.hva + address - region.start
@@ -149,9 +156,11 @@ class Machine:
         """Nothing is mapped but what the machine has, so that a stray access faults as it does on the host."""
         self.write(PML4, struct.pack("<Q", PDPT | ALL))
         self.write(PDPT, struct.pack("<4Q", *(DIRECTORIES + 0x1000 * n | ALL for n in range(4))))
-        large = ALL | PS
-        for address, rights in ((0, large & ~U), (CODE, large), (MMIO, large)):
-            self._set_directory(address, address & ~0x1F_FFFF | rights)
+        self.write(PML4 + 2048, struct.pack("<Q", SYSTEM_PDPT | ALL))
+        self.write(SYSTEM_PDPT, struct.pack("<Q", SYSTEM_DIRECTORY | ALL))
+        self.write(SYSTEM_DIRECTORY, struct.pack("<Q", (ALL | PS) & ~U))
+        for address in (CODE, MMIO):
+            self._set_directory(address, address & ~0x1F_FFFF | ALL | PS)
         self._set_directory(SCRATCH, SCRATCH_TABLE | ALL)
         for page in range(SCRATCH, SCRATCH + SCRATCH_SIZE, 4096):
             self._set_entry(page, page | ALL)
@@ -164,11 +173,14 @@ class Machine:
         for vector in range(256):
             at = HANDLERS + 16 * vector
             low = at & 0xFFFF | (at >> 16) << 48 | 0xEE00 << 32
-            self.write(IDT64 + 16 * vector, struct.pack("<QQ", low | KERNEL64 << 16 | 1 << 32, 0))
+            gate = low | KERNEL64 << 16 | 1 << 32
+            self.write(IDT64 + 16 * vector, struct.pack("<QQ", gate, SYSTEM >> 32))
             self.write(IDT32 + 8 * vector, struct.pack("<Q", low | KERNEL32 << 16))
             self.write(4 * vector, struct.pack("<HH", at & 0xFFFF, at >> 16))
-        self.write(TSS64 + 4, struct.pack("<Q", FAULT_STACK))
-        self.write(TSS64 + 36, struct.pack("<Q", FAULT_STACK))
+        self.write(TSS64 + 4, struct.pack("<Q", SYSTEM + FAULT_STACK))
+        self.write(TSS64 + 36, struct.pack("<Q", SYSTEM + FAULT_STACK))
+        for task in (TSS64, TSS32):  # the I/O bitmap begins where the TSS ends
+            self.write(task + 102, struct.pack("<H", 104))
         self.write(TSS32 + 4, struct.pack("<II", FAULT_STACK, KERNEL_DATA))
 
     def _set_directory(self, address: int, entry: int) -> None:
@@ -198,19 +210,18 @@ class Machine:
             self.write(at, code + HALT)
         return at
 
-    def prepare(self, codes: Iterable[bytes], mode: int | str = 64) -> None:
-        """Compiles what the codes need in a few large batches, which is several times faster than one by one."""
+    def prepare(self, codes: Iterable[bytes], mode: int | str = 64) -> list[Form]:
+        """Compiles what the codes need, in large batches, which is much faster than one by one."""
         self._enter_mode(mode, user=True)
-        t = self.engine.translator
-        decoder = t.decoder(self.state.mode & CODE_MODE)
+        templates = self.engine.translator.decoder(self.state.mode & CODE_MODE)
         forms: dict[str, Form] = {}
         for code in codes:
-            at, end = 0, len(code)
-            while at < end:
-                decoded = decoder.decode(code[at : at + 15].ljust(15, b"\xcc"), CODE + at)
-                assert decoded is not None
-                forms.setdefault(decoded.form.symbol, decoded.form)
-                at += decoded.length
+            padded = code + b"\xcc" * 15
+            decoder, instruction = Decoder(templates.bits, padded, ip=CODE), Instruction()
+            while (at := decoder.position) < len(code):
+                found = templates.decode(decoder, instruction, padded, at)
+                assert found is not None
+                forms.setdefault(found[0].form.symbol, found[0].form)
 
         def make(names: list[str]) -> list[Handler]:
             return [build(forms[name]) for name in names]
@@ -218,6 +229,7 @@ class Machine:
         names = list(forms)
         for n in range(0, len(names), 100):
             process_jit().addresses(names[n : n + 100], make)
+        return list(forms.values())
 
     # Execution
     def _segment(self, which: int, selector: int, *, real_base: int | None = None) -> None:
@@ -236,8 +248,9 @@ class Machine:
     def _enter_mode(self, mode: int | str, *, user: bool) -> ModeSetup:
         s, setup = self.state, MODES[mode]
         s.cr0, s.cr3, s.cr4, s.efer = setup.cr0, PML4, setup.cr4, setup.efer
-        s.gdt_base, s.gdt_limit = GDT, 8 * len(DESCRIPTORS) - 1
-        s.idt_base, s.idt_limit = setup.idt, 4095 if setup.idt == IDT64 else 0x7FF
+        high = SYSTEM if setup.efer else 0
+        s.gdt_base, s.gdt_limit = high + GDT, 8 * len(DESCRIPTORS) - 1
+        s.idt_base, s.idt_limit = high + setup.idt, 4095 if setup.idt == IDT64 else 0x7FF
         real = mode == 16
         for which in range(6):
             code = which == Seg.CS
@@ -245,7 +258,7 @@ class Machine:
             base = (REAL_CODE if code else REAL_DATA) if real else None
             self._segment(which, selector, real_base=base)
         task = s.seg[Seg.TR]
-        task.selector, task.base, task.limit, task.attr = TASK, setup.task, 0x67, 0x8B
+        task.selector, task.base, task.limit, task.attr = TASK, high + setup.task, 0x67, 0x8B
         self.cpu.rflags = 2
         self.cpu.mode_changed()
         return setup
@@ -316,6 +329,7 @@ class Machine:
         gpr = dict(zip(GPRS, s.gpr, strict=True))
         rip, flags, vector, error = s.rip - 1, self.cpu.rflags, None, None
         linear = rip + s.seg[Seg.CS].base
+        linear -= SYSTEM if linear >= SYSTEM else 0
         if HANDLERS <= linear < HANDLERS + 4096:
             vector = (linear - HANDLERS) // 16
             rip, flags, error = self._frame(gpr, vector, mode)

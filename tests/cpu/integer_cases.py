@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from .assembler import assemble_many
-from .layout import GPRS, RFLAGS, SCRATCH, STACK, STATUS, Case, Result
+from .layout import GPRS, RFLAGS, SCRATCH, STATUS, Case, Result
 
 CONDITIONS = "o no b ae e ne be a s ns p np l ge le g".split()
 SIZES = (8, 16, 32, 64)
@@ -161,7 +161,8 @@ def conditionals() -> Iterator[Line]:
         yield Line(name, name, 8)
     for name in "lfence sfence mfence pause nop endbr64".split():
         yield Line(name, name, 8)
-    yield Line("prefetcht0 [rax]", "prefetcht0", 8)
+    for name in "prefetcht0 prefetcht1 prefetcht2 prefetchnta".split():
+        yield Line(f"{name} [rax]", name, 8)
     yield Line("nop dword ptr [rax+rax]", "nop", 32)
 
 
@@ -277,7 +278,8 @@ def _make_equal(line: Line, gpr: dict[str, int], memory: bytearray, at: int) -> 
 
 def counts_of(line: Line, each: int) -> Iterator[int | None]:
     if line.counts:
-        yield from range(256)
+        whole = each > 3 or line.text.split()[1][0] in "ae"  # AL, AX, EAX, not RAX nor memory
+        yield from range(0, 256, 1 if whole else 5)
     else:
         yield from [None] * each
 
@@ -302,4 +304,6 @@ def undefined_flags(line: Line, case: Case, result: Result) -> int:
     return line.undefined(line, count)
 
 
-assert STACK
+def all_cases(each: int, seed: int = 0) -> Iterator[tuple[Line, Case]]:
+    for family in FAMILIES.values():
+        yield from cases(list(family()), each, seed)

@@ -1,4 +1,5 @@
-"""States of the x87 unit to try instructions on: corner values, every rounding and precision, stacks in every condition."""
+"""States of the x87 unit to try instructions on: corner values, every rounding and precision,
+stacks in every condition."""
 
 from __future__ import annotations
 
@@ -79,6 +80,4 @@ def case(r: random.Random, code: bytes, size: int = 0, *, unmasked: bool = False
     """`code` in a random state; `size` bytes of memory at RBX if it has an operand there."""
     data = {MEMORY: memory(r, size) + bytes(16 - size % 16)} if size else {}
     flags = 0x202 | r.getrandbits(12) & 0x8D5
-    return Case(
-        code, {"rbx": MEMORY}, rflags=flags, x87=state(r, unmasked=unmasked), memory=data
-    )
+    return Case(code, {"rbx": MEMORY}, rflags=flags, x87=state(r, unmasked=unmasked), memory=data)

@@ -110,9 +110,8 @@ def test_a_descriptor_that_is_no_eventfd():
     with machine(irqchip=True) as m, open("/dev/null", "rb") as null:
         for attempt in (lambda fd: irqfd(m, fd, 1), lambda fd: ioeventfd(m, fd, 0, 4)):
             for fd, expected in ((null.fileno(), errno.EINVAL), (99999, errno.EBADF)):
-                with pytest.raises(OSError) as raised:
+                with pytest.raises(OSError, match=f"Errno {expected}]"):
                     attempt(fd)
-                assert raised.value.errno == expected
 
 
 def eventually(condition) -> bool:
@@ -154,9 +153,8 @@ def test_irqfd_refusals():
         m.vm.create_irqchip()
         irqfd(m, fd, 1)
         for gsi, flags, expected in ((2, 0, errno.EBUSY), (1, 8, errno.EINVAL)):
-            with pytest.raises(OSError) as refused:
+            with pytest.raises(OSError, match=f"Errno {expected}]"):
                 irqfd(m, fd, gsi, flags)
-            assert refused.value.errno == expected
 
 
 def test_a_resampling_irqfd_lowers_at_eoi_and_tells():

@@ -54,7 +54,7 @@ def call(table: IoctlTable[Box], box: Box, number: int, arg: int = 0) -> int:
 
 
 def failing(table: IoctlTable[Box], box: Box, number: int, arg: int = 0) -> int:
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(OSError, match="Errno") as raised:
         call(table, box, number, arg)
     assert raised.value.errno is not None
     return raised.value.errno
@@ -176,9 +176,6 @@ def test_out_tail_keeps_the_count_where_the_ioctl_does(table):
     assert failing(table, Box(), uapi.KVM_GET_SUPPORTED_CPUID, address(raw)) == errno.E2BIG
     assert header.nent == 1
     header.nent = 40
-    with pytest.raises(OSError, match="Bad address|bad user address"):
-        # Room for forty was promised, but only what there is gets written.
-        call(table, Box(), uapi.KVM_GET_SUPPORTED_CPUID, BAD)
     assert call(table, Box(), uapi.KVM_GET_SUPPORTED_CPUID, address(raw)) == 0
     assert header.nent == 2
 

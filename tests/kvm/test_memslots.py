@@ -74,9 +74,8 @@ def test_create_move_change_flags_delete():
 def test_refusals(second, expected):
     slots = KvmMemslots()
     apply(slots, size=2 * PAGE)
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(OSError, match=f"Errno {expected}]"):
         slots.plan(region(**second))
-    assert raised.value.errno == expected
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 4)), max_size=8))
@@ -145,6 +144,5 @@ def test_manual_protection_forgets_only_what_is_cleared():
 def test_slots_without_a_log(slot, expected):
     with machine() as m:
         m.ram()
-        with pytest.raises(OSError) as raised:
+        with pytest.raises(OSError, match=f"Errno {expected}]"):
             dirty_log(m, slot, 16)
-        assert raised.value.errno == expected

@@ -250,6 +250,28 @@ def test_lapic_timer_wakes_a_halted_guest():
         assert m.cpu().did("interrupt") == [("interrupt", 0x99)]
 
 
+def test_tpr_accesses_are_reported_and_the_vapic_page_is_kept_in_step():
+    tpr = 0xFEE00080
+    with machine(irqchip=True) as m:
+        memory = m.ram()
+
+        def guest_lowers_it(cpu):
+            memory.write(0x3000, b"\x20")
+            return Exit.SHUTDOWN
+
+        vcpu = m.add_vcpu(store(tpr, b"\x50\0\0\0"), Exit.REQUEST, guest_lowers_it)
+        vcpu.tpr_access_reporting(uapi.kvm_tpr_access_ctl(enabled=1))
+        assert vcpu.run() == uapi.KVM_EXIT_TPR_ACCESS
+        assert vcpu.kvm_run.tpr_access.is_write
+        vcpu.set_vapic_addr(uapi.kvm_vapic_addr(vapic_addr=0x3000))
+        assert vcpu.run() == uapi.KVM_EXIT_SHUTDOWN
+        assert vcpu.get_sregs().cr8 == 2
+        vcpu.set_vapic_addr(uapi.kvm_vapic_addr(vapic_addr=0))
+        with pytest.raises(OSError, match="KVM_SET_VAPIC_ADDR") as refused:
+            vcpu.set_vapic_addr(uapi.kvm_vapic_addr(vapic_addr=0xD0000000))
+        assert refused.value.errno == errno.EINVAL
+
+
 def test_interrupts_that_cannot_be_taken_wait_for_the_window():
     with machine(irqchip=True) as m:
         vcpu = m.add_vcpu(sti(Exit.REQUEST), Exit.SHUTDOWN)

@@ -46,7 +46,9 @@ def boot(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Such as 512M or 2G; a bare number counts MiB.")
     ] = "512M",
-    cpus: Annotated[int, typer.Option(metavar="N", help="Processors.")] = 1,
+    cpus: Annotated[
+        int | None, typer.Option(metavar="N", help="Processors: 1, and 2 for the demo.")
+    ] = None,
     backend: Annotated[
         Backend,
         typer.Option(help="Whose /dev/kvm: anykvm's (soft), Linux's (host), or what fits (auto)."),
@@ -59,6 +61,13 @@ def boot(
             help="Run this shell text in the guest, then exit with its status. It has no input.",
         ),
     ] = None,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo",
+            help="Instead of Linux, a tiny guest of anykvm's own that needs nothing from outside.",
+        ),
+    ] = False,
     timeout: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="Stop a guest that runs longer."),
@@ -72,17 +81,23 @@ def boot(
 ) -> int:
     """Boot Linux: an interactive shell (Ctrl-A X leaves), or one command with --exec.
 
-    Without --kernel, Debian's newest cloud kernel and busybox are obtained once, through apt.
+    Without --kernel, Debian's newest cloud kernel and busybox are obtained once, through apt;
+    --demo needs neither.
     """
     from anykvm.cli import guest, statistics
 
+    cpus = guest.default_cpus(demo) if cpus is None else cpus
     check(cpus, timeout)
+    if demo and (kernel or initrd or append or command is not None):
+        raise CommandError("--demo excludes --kernel, --initrd, --append and --exec")
     check_readable("kernel", kernel)
     check_readable("initrd", initrd)
     if command is not None and initrd is not None:
         raise CommandError("--exec makes an initrd of its own: it excludes --initrd")
     size = memory_size(memory)
-    chosen = guest.Choices(kernel, initrd, append, size, cpus, backend.value, command, timeout)
+    chosen = guest.Choices(
+        kernel, initrd, append, size, cpus, backend.value, command, timeout, demo
+    )
     with guest.running(chosen) as (machine, result):
         if stats or as_json:
             counters = statistics.processor_counters(machine.vm.fd)

@@ -15,6 +15,7 @@ from anykvm.cli.errors import CommandError, Status
 from anykvm.cli.progress import ProgressLine
 from anykvm.vmm.boot import Boot, BootOptions
 from anykvm.vmm.bzimage import BootError
+from anykvm.vmm.demo import CPUS, Demo, DemoError, DemoOptions
 from anykvm.vmm.exit_port import EXIT_PORT
 from anykvm.vmm.images import ImageError, Images, obtain
 from anykvm.vmm.initramfs import Guest, build
@@ -38,6 +39,12 @@ class Choices:
     backend: str
     command: str | None
     timeout: float | None
+    demo: bool = False
+
+    @property
+    def interactive(self) -> bool:
+        """Whether what is typed goes to the guest."""
+        return self.command is None and not self.demo
 
 
 @contextmanager
@@ -45,14 +52,20 @@ def running(chosen: Choices) -> Iterator[tuple[Machine, RunResult]]:
     """Obtain what is missing, boot, run the guest to its end; yields before all is closed."""
     with ExitStack() as stack:
         stack.enter_context(ending_signals())
-        prepared = _prepare(chosen, stack)
+        prepared = _prepare_demo(chosen) if chosen.demo else _prepare(chosen, stack)
         if chosen.command is None:
             options = prepared.options
             size = f"{options.cpus} CPU, {options.memory // MIB} MiB"
-            say(f"{backend_text(chosen)}; {size}; Ctrl-A X leaves")
+            leave = "Ctrl-A X" if chosen.interactive else "Ctrl-C"
+            say(f"{backend_text(chosen)}; {size}; {leave} leaves")
         console = Console(STDOUT)
         machine = stack.enter_context(_build(prepared, console))
         yield machine, _run(machine, console, chosen)
+
+
+def default_cpus(demo: bool) -> int:
+    """Where the command line does not say."""
+    return CPUS if demo else 1
 
 
 def say(text: str) -> None:
@@ -90,6 +103,13 @@ def _prepare(chosen: Choices, stack: ExitStack) -> Boot:
         raise CommandError(str(error)) from error
 
 
+def _prepare_demo(chosen: Choices) -> Demo:
+    try:
+        return Demo(DemoOptions(chosen.cpus, chosen.memory, chosen.backend, chosen.timeout))
+    except DemoError as error:
+        raise CommandError(str(error)) from error
+
+
 def _obtain() -> Images:
     with ProgressLine(sys.stderr) as line:
         try:
@@ -116,7 +136,7 @@ def _initramfs(images: Images, command: str | None) -> Iterator[Path]:
         yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
-def _build(prepared: Boot, console: Console) -> Machine:
+def _build(prepared: Boot | Demo, console: Console) -> Machine:
     try:
         return prepared.machine(console.write)
     except MachineError as error:
@@ -128,7 +148,7 @@ def _build(prepared: Boot, console: Console) -> Machine:
 def _run(machine: Machine, console: Console, chosen: Choices) -> RunResult:
     with ExitStack() as stack:
         stack.callback(console.end_line)
-        if chosen.command is None:
+        if chosen.interactive:
             stack.enter_context(raw_mode(STDIN))
             stack.enter_context(Keyboard(STDIN, machine.send, machine.stop, console.show))
         return machine.run(chosen.timeout)

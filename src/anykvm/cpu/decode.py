@@ -11,8 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
-import iced_x86
-from iced_x86 import Code, Decoder, Instruction, MemorySizeExt, Mnemonic, OpKind, Register
+from iced_x86 import Code, Instruction, MemorySizeExt, Mnemonic, OpKind, Register
 
 from anykvm.cpu.forms import ROWS, Form
 from anykvm.cpu.state import ZERO, Mode, Seg, offset_of
@@ -91,8 +90,6 @@ class Decoded(NamedTuple):
     form: Form
     fields: bytes  # 16 bytes: record offsets 8 to 23
     aux: int
-    length: int
-    target: int | None  # of a direct branch
     ends: bool
     falls_through: bool  # a branch that may also go on
     counted: bool  # its handler counts instructions: the count belongs into field B
@@ -123,7 +120,7 @@ def signed32(value: int) -> int:
     return value - (1 << 32) if value >> 31 else value
 
 
-def _fits32(value: int) -> bool:
+def fits32(value: int) -> bool:
     value &= 2**64 - 1
     return value < 1 << 31 or value >= 2**64 - (1 << 31)
 
@@ -137,7 +134,7 @@ def _memory(i: Instruction, o: Operands, code64: bool, bits: int) -> None:
     if i.is_ip_rel_memory_operand:
         address = i.ip_rel_memory_address
         wide = 32 if base == Register.EIP else 64
-        if _fits32(address) and wide == 64:
+        if fits32(address) and wide == 64:
             o.disp = signed32(address)
         else:
             shape, o.aux, o.disp = "a", address, 0
@@ -147,7 +144,7 @@ def _memory(i: Instruction, o: Operands, code64: bool, bits: int) -> None:
             shape = "i"
             o.index = NUMBER[index]
             o.scale = i.memory_index_scale.bit_length() - 1
-        elif base == Register.NONE and not _fits32(i.memory_displacement):
+        elif base == Register.NONE and not fits32(i.memory_displacement):
             shape, o.aux, o.disp = "a", i.memory_displacement, 0
     o.seg = SEGMENT.get(i.memory_segment, 0)
     if not code64:
@@ -174,7 +171,7 @@ def _operand(i: Instruction, n: int, o: Operands, code64: bool, name: str) -> No
         _memory(i, o, code64, bits)
     elif kind in IMMEDIATES:
         value = i.immediate(n)
-        if kind == OpKind.IMMEDIATE64 and not _fits32(value):
+        if kind == OpKind.IMMEDIATE64 and not fits32(value):
             o.aux = value
             o.specs.append("j")
         elif ROWS[name].constant:
@@ -288,15 +285,15 @@ X87_ESCAPE = range(0xD8, 0xE0)
 LEGACY_PREFIXES = frozenset(bytes.fromhex("26 2e 36 3e 64 65 66 67 f0 f2 f3"))
 
 
-def _with_x87_opcode(d: Decoded, raw: bytes) -> Decoded:
+def _with_x87_opcode(fields: bytes, raw: bytes) -> bytes:
     """FOP, the last instruction's opcode (SDM vol. 1, 8.1.9), goes where an immediate would."""
     n = 0
     while raw[n] not in X87_ESCAPE:
         if raw[n] not in LEGACY_PREFIXES and raw[n] & 0xF0 != 0x40:
-            return d  # FXSAVE and FXRSTOR
+            return fields  # FXSAVE and FXRSTOR
         n += 1
     opcode = (raw[n] & 7) << 8 | raw[n + 1]
-    return d._replace(fields=d.fields[:12] + opcode.to_bytes(4, "little"))
+    return fields[:12] + opcode.to_bytes(4, "little")
 
 
 class FormDecoder:
@@ -307,46 +304,24 @@ class FormDecoder:
         self.code64 = bool(mode & Mode.CODE64)
         self.bits = 64 if self.code64 else 32 if mode & Mode.CODE32 else 16
         self._special = special
-        self._cache: dict[bytes, Decoded] = {}
 
-    def decode(self, data: bytes, rip: int) -> Decoded | None:
-        """The first instruction of `data`, or None if it is longer than that."""
-        decoder = Decoder(self.bits, data, ip=rip)
-        i = decoder.decode()
-        if i.is_invalid:
-            if decoder.last_error == iced_x86.DecoderError.NO_MORE_BYTES and len(data) < 15:
-                return None
-            return Decoded(Form("ud2"), bytes(16), 0, max(i.len, 1), None, True, False, False, False)
-        raw = data[: i.len]
-        known = self._cache.get(raw)
-        if known is not None:
-            return known
-        decoded = self.describe(i)
-        if decoded.form.name in ROWS and ROWS[decoded.form.name].feature == "x87":
-            decoded = _with_x87_opcode(decoded, raw)
-        if decoded.target is None and not i.is_ip_rel_memory_operand:
-            self._cache[raw] = decoded
-        return decoded
-
-    def describe(self, i: Instruction) -> Decoded:
+    def describe(self, i: Instruction, raw: bytes) -> Decoded:
+        """What instruction `i` with bytes `raw` becomes."""
         name = MNEMONICS[i.mnemonic]
         name = _mov_kind(i, RENAMED.get(name, name))
         shadow = name == "sti" or (name in ("mov_to_seg", "pop") and i.op_register(0) == Register.SS)
         made = self._form(i, name)
         if made is None:
-            return Decoded(ASSIST, bytes(16), 0, i.len, None, True, False, False, shadow)
+            return Decoded(ASSIST, bytes(16), 0, True, False, False, shadow)
         form, o = made
-        target = i.near_branch_target if i.op_count and i.op_kind(0) in BRANCHES else None
-        if target is not None and self.bits != 64:
-            target &= 0xFFFF_FFFF if "o16" not in form.attrs and self.bits == 32 else 0xFFFF
         row = ROWS[form.name]
-        conditional = target is not None and form.name not in ("jmp", "call")
-        if target is not None and target <= i.ip:
-            form = form._replace(attrs=(*form.attrs, "back"))
+        branch = i.op_count > 0 and i.op_kind(0) in BRANCHES
+        conditional = branch and form.name not in ("jmp", "call")
         counted = conditional or form.name in COUNTED
-        return Decoded(
-            form, o.fields(), o.aux, i.len, target, row.ends, conditional, counted, shadow
-        )
+        fields = o.fields()
+        if row.feature == "x87":
+            fields = _with_x87_opcode(fields, raw)
+        return Decoded(form, fields, o.aux, row.ends, conditional, counted, shadow)
 
     def _form(self, i: Instruction, name: str) -> tuple[Form, Operands] | None:
         """Form and fields, or None where the instruction has no handler."""

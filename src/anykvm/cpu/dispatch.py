@@ -67,9 +67,11 @@ def find() -> Routine:
         record = entry.offset(24).load(PTR, volatile=True, align=8)
         loop.break_if(record.eq(0))
         same = (
-            entry.load("i64", align=8).eq(rip)
-            & entry.offset(8).load("i64", align=8).eq(host)
-            & entry.offset(16).load("i64", align=8).eq(mode)
+            entry.load("i64", volatile=True, align=8).eq(rip)
+            & entry.offset(8).load("i64", volatile=True, align=8).eq(host)
+            & entry.offset(16).load("i64", volatile=True, align=8).eq(mode)
+            # An entry that another block takes over meanwhile is nobody's.
+            & entry.offset(24).load(PTR, volatile=True, align=8).eq_ptr(record)
         )
         with f.If(same):
             second = entry.offset(32).load("i64", align=8)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from anykvm.cpu import dispatch, fpu_image, mmu
+from anykvm.cpu import dispatch, fpu_image, mmu, mxcsr
 from anykvm.cpu.forms import Form
 from anykvm.cpu.guest import ENTRIES
 from anykvm.cpu.ir import Function
@@ -40,7 +40,7 @@ class Runtime:
     """The native routines: addresses for handlers, callables for Python."""
 
     def __init__(self) -> None:
-        routines = mmu.ROUTINES + dispatch.ROUTINES + fpu_image.ROUTINES
+        routines = mmu.ROUTINES + dispatch.ROUTINES + fpu_image.ROUTINES + mxcsr.ROUTINES
         names = [r.__name__ for r in routines]
 
         def make(_: list[str]) -> list[Function]:
@@ -151,7 +151,7 @@ class Engine:
     def _restore_code(self, hva: int, size: int) -> None:
         for host, page in self.translator.pages.items():
             if hva <= host < hva + size:
-                self.memory.set_code(host, ctypes.addressof(page.bitmap))
+                self.memory.set_code(host, page.address)
 
     def take_dirty(self, gpa: int) -> bytes:
         """Pages of the slot at `gpa` that were written since the last call, a bit a page."""
@@ -186,7 +186,7 @@ class Engine:
         if host in self.translator.pages:
             return
         page = self.translator.pages[host] = CodePage()
-        self.memory.set_code(host, ctypes.addressof(page.bitmap))
+        self.memory.set_code(host, page.address)
         for cpu in self.cpus:
             self.runtime.call["protect_page"](cpu.address, host)
 

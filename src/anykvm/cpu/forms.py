@@ -304,6 +304,7 @@ class Insn:
         """After an MMX instruction TOP is 0 and every register in use (SDM vol. 1, 9.6.2)."""
         h = self.h
         h.set("fpu_sw", h.get("fpu_sw") & ~0x3800)
+        h.set("fpu_top", 0)
         h.set("fpu_tag", 0)
 
 
@@ -325,7 +326,7 @@ class Row(NamedTuple):
     @property
     def alignment(self) -> int:
         """What 128-bit operands in memory must be multiples of."""
-        return 16 if self.feature.startswith("sse") and not self.unaligned else 1
+        return 16 if self.feature.startswith(("sse", "ssse")) and not self.unaligned else 1
 
 
 ROWS: dict[str, Row] = {}

@@ -1,27 +1,32 @@
-"""The x87 unit between this vCPU and the host's: control words, and the images of FSAVE and FXSAVE (SDM vol. 1, 8.1 and 10.5).
+"""The x87 unit between this vCPU and the host's: control words, and the images of FSAVE and
+FXSAVE (SDM vol. 1, 8.1 and 10.5).
 
-x87 instructions are executed by the host's own x87 unit. While native code runs, the host's control word is the guest's with all
-exceptions masked, its register stack is empty between instructions, and the exception flags that it has collected are a subset of
-those in `State.fpu_sw`; so an instruction can add the host's flags to the guest's without clearing anything first.
+x87 instructions are executed by the host's own x87 unit. While native code runs, the host's
+control word is the guest's with all exceptions masked, its register stack is empty between
+instructions, and the exception flags that it has collected are a subset of those in
+`State.fpu_sw`; so an instruction can add the host's flags to the guest's without clearing
+anything first.
 """
 
 from __future__ import annotations
 
 from anykvm.cpu.guest import Guest, Routine
 from anykvm.cpu.ir import PTR, Value
+from anykvm.cpu.mxcsr import read_mxcsr, write_mxcsr
 from anykvm.cpu.state import offset_of
 
 MASKS = 0x3F  # of the control word; the exception flags of the status word have the same places
 CW_VALID, CW_FIXED, CW_INIT = 0x1F3F, 0x40, 0x37F
 SW_EXCEPTION, SW_BUSY, SW_TOP = 0x80, 0x8000, 0x3800
 EMPTY_TAGS = 0x5555
-MXCSR_VALID, MXCSR_MASKS = 0xFFFF, 0x1F80
+MXCSR_VALID = 0xFFFF
 CR4_OSFXSR = 9
 
 # FSAVE's image in 32-bit protected mode
 I_CW, I_SW, I_TAG, I_IP, I_CS_OP, I_DP, I_DS, I_ST = 0, 4, 8, 12, 16, 20, 24, 28
 # FXSAVE's
-X_CW, X_SW, X_TAG, X_OP, X_IP, X_DP, X_MXCSR, X_MASK, X_ST, X_XMM = 0, 2, 4, 6, 8, 16, 24, 28, 32, 160
+X_CW, X_SW, X_TAG, X_OP, X_IP, X_DP, X_MXCSR, X_MASK = 0, 2, 4, 6, 8, 16, 24, 28
+X_ST, X_XMM = 32, 160
 
 CLOBBERS = ",".join(f"~{{st({n})}}" if n else "~{st}" for n in range(8)) + (
     ",~{memory},~{fpsr},~{fpcr},~{flags},~{dirflag}"
@@ -46,6 +51,7 @@ def enter(f: Routine) -> Value:
     assembly(f, "fnstcw word ptr [$0]", "void", "r", kept)
     clear_flags(f)
     load_control(f)
+    f.set("fpu_top", top_of(f.get("fpu_sw")))
     return kept
 
 
@@ -78,14 +84,20 @@ def set_control(f: Guest, cw: Value) -> None:
     """As FLDCW: flags that are set already become pending if now unmasked."""
     cw = (cw & CW_VALID) | CW_FIXED
     f.set("fpu_cw", cw)
-    f.set("fpu_sw", summarize(f.get("fpu_sw"), cw))
+    set_status(f, summarize(f.get("fpu_sw"), cw))
     load_control(f)
+
+
+def set_status(f: Guest, sw: Value) -> None:
+    """Sets the status word, TOP included."""
+    f.set("fpu_sw", sw)
+    f.set("fpu_top", top_of(sw))
 
 
 def initialize(f: Guest) -> None:
     """As FNINIT (SDM vol. 1, 8.1.2); the registers keep their contents."""
     f.set("fpu_cw", CW_INIT)
-    f.set("fpu_sw", 0)
+    set_status(f, f.const(0, 16))
     f.set("fpu_tag", 0xFFFF)
     for name in ("fpu_op", "fpu_ip", "fpu_dp", "fpu_cs", "fpu_ds"):
         f.set(name, 0)
@@ -128,7 +140,7 @@ def full_tags(f: Guest) -> Value:
 
 def copy_registers(f: Guest, image: Value, stride: int, *, out: bool) -> None:
     """Between ST(0) ... ST(7) and an image."""
-    top = top_of(f.get("fpu_sw"))
+    top = f.get("fpu_top")
     for n in range(8):
         own, other = register(f, physical(f, top, n)), image.offset(n * stride)
         source, target = (own, other) if out else (other, own)
@@ -156,10 +168,12 @@ def x87_pack() -> Routine:
 
 
 def x87_unpack() -> Routine:
-    """x87_unpack(): status, tags and registers from `State.x87_image`; the host's unit as it was before."""
+    """x87_unpack(): status, tags and registers from `State.x87_image`; the host's unit as it was
+    before.
+    """
     f = Routine("x87_unpack", "void")
     image = f.field("x87_image")
-    f.set("fpu_sw", image.offset(I_SW).load("i16"))
+    set_status(f, image.offset(I_SW).load("i16"))
     f.set("fpu_tag", image.offset(I_TAG).load("i16"))
     copy_registers(f, image.offset(I_ST), 10, out=False)
     load_control(f)
@@ -183,22 +197,6 @@ def unabridged(tags: Value) -> Value:
     return x | (x << 1)
 
 
-def read_mxcsr(f: Guest) -> Value:
-    """MXCSR with the flags that the host's has collected."""
-    word = Value(f, f.local("i32").ptr, PTR)
-    f.intrinsic("llvm.x86.sse.stmxcsr", "void", word)
-    return (f.get("mxcsr") & ~MASKS) | (word.load("i32") & MASKS)
-
-
-def write_mxcsr(f: Guest, value: Value) -> None:
-    """Sets MXCSR; reserved bits are the caller's to check."""
-    f.set("mxcsr", value)
-    f.set("sse_unmasked", (~value & MXCSR_MASKS).ne(0).zext(32))
-    word = Value(f, f.local("i32").ptr, PTR)
-    word.store(value | MXCSR_MASKS)
-    f.intrinsic("llvm.x86.sse.ldmxcsr", "void", word)
-
-
 def fx_pack() -> Routine:
     """fx_pack(wide): `State.fx_image` from the state; `wide` for 64-bit pointers."""
     f = Routine("fx_pack", "void", ("wide", "i1"))
@@ -220,10 +218,12 @@ def fx_pack() -> Routine:
 
 
 def fx_unpack() -> Routine:
-    """fx_unpack(wide, xmms): the state from `State.fx_image`: x87, and if `xmms` is not 0, MXCSR and that many XMM registers."""
+    """fx_unpack(wide, xmms): the state from `State.fx_image`: x87, and if `xmms` is not 0, MXCSR
+    and that many XMM registers.
+    """
     f = Routine("fx_unpack", "void", ("wide", "i1"), ("xmms", "i64"))
     image = f.field("fx_image")
-    f.set("fpu_sw", image.offset(X_SW).load("i16"))
+    set_status(f, image.offset(X_SW).load("i16"))
     f.set("fpu_tag", unabridged(image.offset(X_TAG).load("i8")))
     f.set("fpu_op", image.offset(X_OP).load("i16") & 0x7FF)
     for at, offset, selector in ((X_IP, "fpu_ip", "fpu_cs"), (X_DP, "fpu_dp", "fpu_ds")):

@@ -62,6 +62,8 @@ ENTRIES = (
     "x87_unpack",
     "fx_pack",
     "fx_unpack",
+    "sse_begin",
+    "sse_end",
 )
 
 # Vectors (SDM vol. 3, table 6-1)

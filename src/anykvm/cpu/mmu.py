@@ -3,7 +3,7 @@
 Paging after SDM vol. 3, chapter 4: none, 32-bit, PAE and 4-level, with accessed and dirty bits, large pages, NX, SMEP and the
 reserved bits. The guest-physical map is two levels of tables: one pointer per GiB to an array of page entries of 32 bytes,
 
-    host address of the page | flags;  bitmap of translated bytes;  byte of the dirty bitmap;  its bit mask
+    host address of the page | flags;  map of translated bytes;  byte of the dirty bitmap;  its bit mask
 
 where an absent entry is MMIO. A TLB entry holds a tag for reads, one for writes and one for fetches, and what to add to a linear
 address to get the host's. A tag that must not match is that of a page which never looks into this entry.
@@ -507,13 +507,12 @@ def claim() -> Routine:
 
 def _translated(f: Routine, entry: Value) -> Value:
     """Whether any of the bytes about to be written was translated."""
-    bitmap = entry.offset(8).load(PTR, align=8)
+    bytes_ = entry.offset(8).load(PTR, align=8)
     at, last = f.var(f["gpa"] & 4095), (f["gpa"] & 4095) + f["size"]
     found = f.var(f.const(0, 8), 8)
     with f.Loop() as loop:
         loop.break_if(at.get().uge(last))
-        byte = bitmap.offset(at.get() >> 3).load("i8", volatile=True)
-        found.set(found.get() | ((byte >> (at.get() & 7).trunc(8)) & 1))
+        found.set(found.get() | bytes_.offset(at.get()).load("i8", volatile=True))
         at.set(at.get() + 1)
     return found.get().ne(0)
 

@@ -134,6 +134,7 @@ class State(ctypes.Structure):
         ("fpu_ds", u16),
         ("mxcsr", u32),
         ("host_mxcsr", u32),
+        ("fpu_top", u64),  # TOP of fpu_sw while native code runs: x87 code needs it before the flags
         ("x87_image", u8 * 112),  # FRSTOR's image, for instructions that the host executes whole
         ("x87_operand", u8 * 16),  # the memory operand of an x87 instruction
         ("fx_image", u8 * 512),  # FXSAVE's image on its way

@@ -70,7 +70,6 @@ class Kvm(ABC):
         self.coalesced_lock = threading.Lock()
         self.coalesced_mmio_ring: CoalescedRing | None = None
         self.coalesced_zones = CoalescedZones(self)
-        self.vm_dead = False
         self._signal_tick = self.worker.hrtimer(self._tick)
         self._ticking = False
 
@@ -133,7 +132,7 @@ class Kvm(ABC):
 
     def check_mm(self) -> None:
         """EIO for callers other than the process that made the VM."""
-        if self.mm.pid != current().mm.pid or self.vm_dead:
+        if self.mm.pid != current().mm.pid:
             raise fail(EIO, "the VM belongs to another process")
 
     def start_signal_tick(self) -> None:

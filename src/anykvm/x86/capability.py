@@ -32,6 +32,7 @@ X86_CAPS: dict[int, int] = {
     uapi.KVM_CAP_HLT: 1,
     uapi.KVM_CAP_SET_TSS_ADDR: 1,
     uapi.KVM_CAP_EXT_CPUID: 1,
+    uapi.KVM_CAP_VAPIC: 1,
     uapi.KVM_CAP_EXT_EMUL_CPUID: 1,
     uapi.KVM_CAP_CLOCKSOURCE: 1,
     uapi.KVM_CAP_PIT: 1,

@@ -14,8 +14,10 @@ from anykvm.fs.trace import trace
 from anykvm.kvm.iodev import KvmBus
 from anykvm.uapi import kvm as uapi
 from anykvm.x86.kvm_host import MpState, Request, VcpuX86
+from anykvm.x86.lapic_regs import APIC_TASKPRI
 from anykvm.x86.msrs import MSRS, X2APIC_MSRS, kvm_get_msr, kvm_set_msr
 from anykvm.x86.regs import get_cr8, set_cr8
+from anykvm.x86.vapic import report_tpr_access
 
 log = logging.getLogger("anykvm.x86")
 RAX, RCX, RDX, RBX = range(4)
@@ -123,12 +125,18 @@ def _lapic_offset(vcpu: VcpuX86, gpa: int) -> int | None:
     return gpa & 0xFFF if apic.mmio_enabled else None
 
 
+def _watch_tpr(vcpu: VcpuX86, offset: int, write: bool) -> None:
+    if offset == APIC_TASKPRI:
+        report_tpr_access(vcpu, write)
+
+
 def _mmio_read(vcpu: VcpuX86, gpa: int, size: int) -> int:
     offset, apic = _lapic_offset(vcpu, gpa), vcpu.apic
     data: bytes | None
     if offset is not None and apic is not None:
         with vcpu.kvm.irqchip.lock:
             data = apic.mmio_read(offset, size).to_bytes(size, "little")
+        _watch_tpr(vcpu, offset, write=False)
     else:
         data = vcpu.kvm.buses[KvmBus.MMIO_BUS].read(vcpu, gpa, size)
     if data is None:
@@ -152,6 +160,7 @@ def _mmio_write(vcpu: VcpuX86, gpa: int, data: bytes) -> int:
         with vcpu.kvm.irqchip.lock:
             apic.mmio_write(offset, int.from_bytes(data, "little"), len(data))
             vcpu.state.cr8 = apic.cr8
+        _watch_tpr(vcpu, offset, write=True)
     elif not vcpu.kvm.buses[KvmBus.MMIO_BUS].write(vcpu, gpa, data):
         _exit_mmio(vcpu, gpa, len(data), data)
         vcpu.complete_userspace_io = partial(_complete, vcpu.cpu.complete_mmio_write)

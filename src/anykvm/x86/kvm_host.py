@@ -57,6 +57,7 @@ class Request(Enum):
     CLOCK_UPDATE = auto()  # write the pvclock page
     IOAPIC_EOI_EXIT = auto()  # split irqchip: tell the VMM of an EOI
     TRIPLE_FAULT = auto()
+    REPORT_TPR_ACCESS = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,13 @@ class KvmX86(Kvm):
     def x86_vcpus(self) -> list[VcpuX86]:
         return [v for v in self.vcpus.values() if isinstance(v, VcpuX86)]
 
+    def kvm_read_guest(self, gpa: int, size: int) -> bytes:
+        """Guest memory within a page; EFAULT where there is none."""
+        slot = self.memslots.gpa_to_memslot(gpa)
+        if slot is None:
+            raise fail(EFAULT, f"guest address {gpa:#x} is no memory")
+        return self.mm.read(slot.hva(gpa), size)
+
     def kvm_write_guest(self, gpa: int, data: bytes) -> None:
         """Write guest memory on behalf of KVM itself; EFAULT outside of writable slots."""
         while data:
@@ -133,10 +141,11 @@ class VcpuX86(KvmVcpu):
         self.injected_vector: int | None = None  # KVM_INTERRUPT's
         self.exception: PendingException | None = None
         self.complete_userspace_io: Callable[[], int] | None = None
-        self.guest_debug = 0
         self.mp_state = MpState.RUNNABLE
         self.apic: Lapic | None = None
         self.lapic_timer: Hrtimer | None = None
+        self.vapic_addr = 0
+        self.tpr_access_reporting = False
 
     @property
     def is_bsp(self) -> bool:

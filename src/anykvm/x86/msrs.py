@@ -347,7 +347,7 @@ for _index in range(0x400, 0x400 + 4 * KVM_MAX_MCE_BANKS):
 
 _stored(0x10A, "arch_capabilities", ARCH_CAPABILITIES, guest_writes=False, feature=True)
 _stored(0x8B, "ucode_rev", 1 << 32, guest_writes=True, listed=False, feature=True)
-_stored(0xCE, "platform_info", 1 << 31, guest_writes=False)
+_stored(0xCE, "platform_info", 0, guest_writes=False)  # no CPUID faulting
 _stored(0x140, "misc_features_enables", 0, _within(0))
 _stored(0x1A0, "misc_enable", 1 << 0 | 1 << 11 | 1 << 12)
 _stored(0x3A, "feature_control", 1, guest_writes=False)  # locked: neither VMX nor SGX

@@ -214,6 +214,5 @@ def kvm_vcpu_ioctl_x86_setup_mce(vcpu: VcpuX86, mcg_cap: c_uint64) -> None:
 # Linux has these only with what is not here: SMM, nested virtualization, Hyper-V, Xen.
 vcpu_ioctls.mark_absent(ENOTTY, "KVM_SMI", "KVM_X86_SET_MCE", "KVM_TRANSLATE")
 vcpu_ioctls.mark_absent(ENOTTY, "KVM_XEN_VCPU_GET_ATTR", "KVM_XEN_VCPU_SET_ATTR")
-vcpu_ioctls.mark_absent(ENOTTY, "KVM_TPR_ACCESS_REPORTING", "KVM_SET_VAPIC_ADDR")
 vcpu_ioctls.mark_absent(ENOTTY, "KVM_SET_GUEST_DEBUG", "KVM_GET_SUPPORTED_HV_CPUID")
 vcpu_ioctls.mark_absent(EINVAL, "KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE", "KVM_ENABLE_CAP")

@@ -24,6 +24,7 @@ from anykvm.x86.kvm_host import MpState, Request, VcpuX86
 from anykvm.x86.msrs import update_pvclock
 from anykvm.x86.regs import get_cr8, set_cr8
 from anykvm.x86.sync_regs import store_regs, sync_regs
+from anykvm.x86.vapic import kvm_lapic_sync_from_vapic, kvm_lapic_sync_to_vapic
 
 
 def kvm_arch_vcpu_ioctl_run(vcpu: VcpuX86) -> int:
@@ -108,6 +109,7 @@ def vcpu_enter_guest(vcpu: VcpuX86) -> int:
     vcpu.kvm.start_signal_tick()
     exit_kind = vcpu.cpu.run()
     vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+    kvm_lapic_sync_from_vapic(vcpu)
     trace("kvm_exit", vcpu_id=vcpu.vcpu_id, reason=exit_kind, rip=vcpu.state.rip)
     return EXIT_HANDLERS[exit_kind](vcpu)
 
@@ -122,6 +124,10 @@ def _handle_requests(vcpu: VcpuX86) -> int:
         vcpu.run.exit_reason = uapi.KVM_EXIT_IOAPIC_EOI
         vcpu.run.eoi.vector = vcpu.pending_ioapic_eoi
         return 0
+    if Request.REPORT_TPR_ACCESS in requests:
+        requests.discard(Request.REPORT_TPR_ACCESS)
+        vcpu.run.exit_reason = uapi.KVM_EXIT_TPR_ACCESS
+        return 0
     if Request.TRIPLE_FAULT in requests:
         requests.discard(Request.TRIPLE_FAULT)
         vcpu.run.exit_reason = uapi.KVM_EXIT_SHUTDOWN
@@ -131,6 +137,7 @@ def _handle_requests(vcpu: VcpuX86) -> int:
         kvm_apic_accept_events(vcpu)
         if vcpu.mp_state == MpState.RUNNABLE:
             inject_pending_events(vcpu)
+        kvm_lapic_sync_to_vapic(vcpu)
     return 1
 
 

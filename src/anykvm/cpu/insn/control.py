@@ -44,7 +44,10 @@ def jmp(i: Insn) -> None:
 
 
 def _code_address(i: Insn, value: Value) -> Value:
-    """A near target as wide as the operand size."""
+    """A near target as wide as the operand size; one that is not canonical faults at the branch."""
+    if value.bits == 64:
+        top = value.sar(47)
+        i.h.raise_if(top.ne(0) & top.ne(-1), GP, 0)
     return value.zext(64)
 
 
@@ -102,9 +105,7 @@ def call(i: Insn) -> None:
 def ret(i: Insn) -> None:
     """With an immediate that many more bytes leave the stack."""
     h, n = i.h, _operand_size(i)
-    target = h.peek(n).zext(64)
-    if n == 64:
-        h.raise_if(target.sar(47).ne(0) & target.sar(47).ne(-1), GP, 0)
+    target = _code_address(i, h.peek(n))
     by: Value | int = n // 8
     if i.ops:
         by = (h.immediate(64) & 0xFFFF) + n // 8
@@ -119,6 +120,13 @@ def bound(i: Insn) -> None:
     index = i.ops[0].read()
     low, high = both.trunc(n), (both >> n).trunc(n)
     h.raise_if(index.slt(low) | index.sgt(high), BR)
+
+
+@row("into", writes=())
+def into(i: Insn) -> None:
+    """The trap itself is microcode."""
+    with i.h.If(i.h.flags.of()):
+        i.h.leave(Exit.ASSIST)
 
 
 # What the translator puts between instructions
@@ -162,6 +170,12 @@ def poll(i: Insn) -> None:
     request = h.field("exit_request").load("i32", volatile=True, align=4)
     with h.If(request.ne(0)):
         h.leave(Exit.REQUEST)
+
+
+@row("too_long", writes=(), ends=True)
+def too_long(i: Insn) -> None:
+    """An instruction of more than 15 bytes."""
+    i.h.raise_(GP, 0)
 
 
 @row("device_not_available", writes=(), ends=True)

@@ -32,28 +32,29 @@ def fxsave(i: Insn, name: str) -> None:
     """What lies behind the last register is not written."""
     h = i.h
     address = _operand(i, write=True)
-    h.place(address + (SIZE - CHUNK), CHUNK)
-    h.place(address, CHUNK)
+    page = (address + (SIZE - 1)) & ~0xFFF
+    for at in (address, page.ugt(address).select(page, address)):
+        h.place(at, 8)  # a fault comes before anything is stored
     h.call_runtime("fx_pack", h.const(int(name == "fxsave64"), 1))
     end = (_xmms(i) << 4) + X_XMM
-    at = h.var(0)
+    offset = h.var(0)
     with h.Loop() as loop:
-        loop.break_if(at.get().uge(end))
-        piece = h.field("fx_image").offset(at.get()).load(PIECE)
-        h.place(address + at.get(), CHUNK).store(piece)
-        at.set(at.get() + CHUNK)
+        loop.break_if(offset.get().uge(end))
+        piece = h.field("fx_image").offset(offset.get()).load(PIECE)
+        h.place(address + offset.get(), CHUNK).store(piece)
+        offset.set(offset.get() + CHUNK)
 
 
 @x87("fxrstor", "fxrstor64")
 def fxrstor(i: Insn, name: str) -> None:
     h = i.h
     address = _operand(i, write=False)
-    at = h.var(0)
+    offset = h.var(0)
     with h.Loop() as loop:
-        loop.break_if(at.get().uge(SIZE))
-        piece = h.load_type(address + at.get(), PIECE, CHUNK)
-        h.field("fx_image").offset(at.get()).store(piece)
-        at.set(at.get() + CHUNK)
+        loop.break_if(offset.get().uge(SIZE))
+        piece = h.load_type(address + offset.get(), PIECE, CHUNK)
+        h.field("fx_image").offset(offset.get()).store(piece)
+        offset.set(offset.get() + CHUNK)
     xmms = _xmms(i)
     reserved = (h.field("fx_image").offset(X_MXCSR).load("i32") & ~MXCSR_VALID).ne(0)
     h.raise_if(reserved & xmms.ne(0), GP, 0)

@@ -1,7 +1,7 @@
 """Conversions between integers and floats of either size (SDM vol. 1, 10.4.3, 11.4.1.6, 11.4.4).
 
-What does not fit becomes the integer indefinite and an invalid operation. Only the x86 intrinsics promise that: LLVM's own
-conversions leave it undefined, and its rounding ones call a library.
+What does not fit becomes the integer indefinite and an invalid operation. Only the x86 intrinsics
+promise that: LLVM's own conversions leave it undefined, and its rounding ones call a library.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ row("cvtss2si", "cvttss2si", feature="sse")(float_to_integer)
 row("cvtsd2si", "cvttsd2si", feature="sse2")(float_to_integer)
 
 
-# Vectors; what is half as long as a register lies in its low half, and as a destination clears the high one
+# Vectors. What is half as long as a register lies in its low half; a destination's other half is
+# cleared.
 def _padded(i: Insn, value: Value) -> Value:
     """With as many zero elements above."""
     return concat(value, i.h.zero(value.type))
@@ -114,12 +115,14 @@ def _intrinsic(name: str, a: Value) -> Value:
     return a.f.intrinsic(f"llvm.x86.sse2.{name}", "<4 x i32>", a)
 
 
-# With MMX registers
+# With MMX registers, which the x87 loses even where the conversion then raises #XM
 @row("cvtpi2ps", feature="sse")
 def cvtpi2ps(i: Insn) -> None:
     """Into the low half; the high one stays."""
     dst, src = i.ops
     a = src.read(HALF_INTS)
+    if not src.is_memory:
+        i.take_x87_registers()
     narrow = operate(i, (a,), lambda a: convert("sitofp", a, "<2 x float>"))
     dst.write(insert(dst.read("<2 x i64>"), 0, narrow.bitcast("i64")))
 
@@ -133,6 +136,7 @@ def cvtpi2pd(i: Insn) -> None:
 def floats_to_mmx(i: Insn, name: str) -> None:
     a = read_float(i.ops[1], "float", 2)
     fn = name.replace("pi", "dq")
+    i.take_x87_registers()
     i.ops[0].write(half(operate(i, (a,), lambda a: _intrinsic(fn, _padded(i, a)))))
 
 
@@ -140,6 +144,5 @@ def floats_to_mmx(i: Insn, name: str) -> None:
 def doubles_to_mmx(i: Insn, name: str) -> None:
     a = read_float(i.ops[1], "double", 2)
     fn = name.replace("pi", "dq")
+    i.take_x87_registers()
     i.ops[0].write(half(operate(i, (a,), lambda a: _intrinsic(fn, a))))
-
-

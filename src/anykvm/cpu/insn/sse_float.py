@@ -1,4 +1,5 @@
-"""Floating-point arithmetic and comparison on XMM registers, and MXCSR (SDM vol. 1, 10.4.1, 10.4.6, 11.4.1, 12.3, 12.8).
+"""Floating-point arithmetic and comparison on XMM registers, and MXCSR (SDM vol. 1, 10.4.1, 10.4.6,
+11.4.1, 12.3, 12.8).
 
 RCPPS and RSQRTPS are approximations whose bits differ between processors; here they are the host's.
 """
@@ -6,34 +7,31 @@ RCPPS and RSQRTPS are approximations whose bits differ between processors; here 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from anykvm.cpu.forms import Insn, row
 from anykvm.cpu.guest import GP
-from anykvm.cpu.insn.sse_int import control, fields
-from anykvm.cpu.insn.strictfp import (
-    WRITABLE,
-    arithmetic,
-    compare,
-    operate,
-    read_mxcsr,
-    write_mxcsr,
-)
+from anykvm.cpu.insn.sse_shuffle import control, fields
+from anykvm.cpu.insn.strictfp import arithmetic, compare, operate
 from anykvm.cpu.insn.vector import (
     FLOATS,
+    blend,
     extract,
     gather,
     insert,
     read_float,
     shuffle,
-    splat,
     vector,
 )
 from anykvm.cpu.ir import Value
+from anykvm.cpu.mxcsr import WRITABLE, read_mxcsr, write_mxcsr
 
 
-class Kind(NamedTuple):
-    """What the suffix of a mnemonic says: elements of which type, how many, and the feature that introduced it."""
+@dataclass(frozen=True)
+class Kind:
+    """What the suffix of a mnemonic says: elements of which type, how many, and the feature that
+    introduced it.
+    """
 
     element: str
     count: int
@@ -64,7 +62,9 @@ def write_float(i: Insn, value: Value) -> None:
 
 # Operations of one and of two sources
 def _lesser(predicate: str) -> Callable[[Value, Value], Value]:
-    """MIN and MAX: the second source unless the comparison holds, so where one is a NaN or both are zeros."""
+    """MIN and MAX: the second source unless the comparison holds, so where one is a NaN or both are
+    zeros.
+    """
     return lambda a, b: compare(predicate, a, b, signaling=True).select(a, b)
 
 
@@ -123,7 +123,9 @@ PREDICATES = (
 
 
 def compare_to_mask(i: Insn, kind: Kind) -> None:
-    """All ones where it holds. Bits 2:0 of the immediate say what; above them there is nothing outside AVX."""
+    """All ones where it holds. Bits 2:0 of the immediate say what; above them there is nothing
+    outside AVX.
+    """
     predicate, signaling = PREDICATES[control(i) & 7]
     a, b = (read_float(op, kind.element, kind.count) for op in i.ops[:2])
     bits = 32 if kind.element == "float" else 64
@@ -189,9 +191,7 @@ def add_subtract(i: Insn, name: str) -> None:
 
     def compute(a: Value, b: Value) -> Value:
         ops = ("fsub", "fadd") * (kind.count // 2)
-        return gather(
-            [arithmetic(op, extract(a, n), extract(b, n)) for n, op in enumerate(ops)]
-        )
+        return gather([arithmetic(op, extract(a, n), extract(b, n)) for n, op in enumerate(ops)])
 
     a, b = (read_float(op, kind.element, kind.count) for op in i.ops)
     write_float(i, operate(i, (a, b), compute))
@@ -199,7 +199,9 @@ def add_subtract(i: Insn, name: str) -> None:
 
 @row("roundps", "roundpd", "roundss", "roundsd", feature="sse4.1", constant=True)
 def round_(i: Insn, name: str) -> None:
-    """The mode in bits 2:0 of the immediate (bit 2: MXCSR's), no inexact flag with bit 3: only the host's own has all four."""
+    """The mode in bits 2:0 of the immediate (bit 2: MXCSR's), no inexact flag with bit 3: only the
+    host's own has all four.
+    """
     kind = KINDS[name[-2:]]
     h, mode = i.h, control(i) & 15
     a = read_float(i.ops[1], kind.element, kind.count)
@@ -217,27 +219,29 @@ def round_(i: Insn, name: str) -> None:
 
 @row("dpps", "dppd", feature="sse4.1", constant=True)
 def dot_product(i: Insn, name: str) -> None:
-    """The immediate's high half chooses what is multiplied, its low half where the sum goes; elsewhere zeros."""
+    """The immediate's high half chooses what is multiplied, its low half where the sum goes;
+    elsewhere zeros.
+
+    Each element adds up its own sum, in an order that matters where several terms are NaNs: that of
+    Intel's processors.
+    """
     kind, c = KINDS[name[-2:]], control(i)
-    n = kind.count
+    n, zeros = kind.count, i.h.zero(kind.whole)
     used, placed = fields(c >> 4, n, 1), fields(c, n, 1)
 
-    def compute(a: Value, b: Value) -> Value:
-        zero = Value(i.h, "0.0", kind.element)
-        terms = [
-            arithmetic("fmul", extract(a, k), extract(b, k)) if used[k] else zero for k in range(n)
-        ]
-        while len(terms) > 1:
-            terms = [
-                arithmetic("fadd", x, y) for x, y in zip(terms[::2], terms[1::2], strict=True)
-            ]
-        return terms[0]
+    def chosen(v: Value, bits: list[int]) -> Value:
+        return blend(zeros, v, [bool(bit) for bit in bits])
 
-    a, b = (read_float(op, kind.element, n) for op in i.ops[:2])
-    total = operate(i, (a, b), compute)
-    zeros = i.h.zero(kind.whole)
-    chosen = [k if bit else n + k for k, bit in enumerate(placed)]
-    i.ops[0].write(shuffle(splat(total, n), zeros, chosen))
+    a, b = (chosen(read_float(op, kind.element, n), used) for op in i.ops[:2])
+    total = operate(i, (a, b), BINARY["mul"])
+    distance = 1
+    while distance < n:
+        other = shuffle(total, None, (k ^ distance for k in range(n)))
+        swapped = name == "dpps" and distance == 1
+        terms = (other, total) if swapped else (total, other)
+        total = operate(i, terms, BINARY["add"])
+        distance *= 2
+    i.ops[0].write(chosen(total, placed))
 
 
 # MXCSR
@@ -251,5 +255,3 @@ def ldmxcsr(i: Insn) -> None:
 @row("stmxcsr", feature="sse")
 def stmxcsr(i: Insn) -> None:
     i.ops[0].write(read_mxcsr(i.h))
-
-

@@ -1,7 +1,8 @@
-"""Moves between XMM and MMX registers, general registers and memory (SDM vol. 1, 10.4.1, 11.4.1, 12.3.3, 9.4.1).
+"""Moves between XMM and MMX registers, general registers and memory (SDM vol. 1, 10.4.1, 11.4.1,
+12.3.3, 9.4.1).
 
-A register is always read and written whole, even where half of it changes: the processor forwards a store to a later load
-of the same size, so a narrow store before a wide load would stall.
+A register is always read and written whole, even where half of it changes: the processor forwards a
+store to a later load of the same size, so a narrow store before a wide load would stall.
 """
 
 from __future__ import annotations
@@ -137,8 +138,12 @@ def _index(i: Insn, count: int) -> int:
     return number & (count - 1)
 
 
-PINSR = {"pinsrw": (16, "sse2/mmx"), "pinsrb": (8, "sse4.1"), "pinsrd": (32, "sse4.1"), "pinsrq": (64, "sse4.1")}  # fmt: skip
-PEXTR = {"pextrw": (16, "sse2/mmx"), "pextrb": (8, "sse4.1"), "pextrd": (32, "sse4.1"), "pextrq": (64, "sse4.1")}  # fmt: skip
+ELEMENTS = {
+    "w": (16, "sse2/mmx"),
+    "b": (8, "sse4.1"),
+    "d": (32, "sse4.1"),
+    "q": (64, "sse4.1"),
+}
 
 
 def insert_element(i: Insn, bits: int) -> None:
@@ -154,10 +159,13 @@ def extract_element(i: Insn, bits: int) -> None:
     dst.write(element.resize(dst.bits))
 
 
-for only, (bits, feature) in PINSR.items():
-    row(only, feature=feature, constant=True)(lambda i, bits=bits: insert_element(i, bits))
-for only, (bits, feature) in PEXTR.items():
-    row(only, feature=feature, constant=True)(lambda i, bits=bits: extract_element(i, bits))
+for letter, (bits, feature) in ELEMENTS.items():
+    row("pinsr" + letter, feature=feature, constant=True)(
+        lambda i, bits=bits: insert_element(i, bits)
+    )
+    row("pextr" + letter, feature=feature, constant=True)(
+        lambda i, bits=bits: extract_element(i, bits)
+    )
 row("extractps", feature="sse4.1", constant=True)(lambda i: extract_element(i, 32))
 
 
@@ -166,21 +174,28 @@ def insertps(i: Insn) -> None:
     """Bits 7:6 of the immediate choose the source, 5:4 the destination, 3:0 what is cleared."""
     dst, src = i.ops[:2]
     control = _index(i, 256)
-    if src.is_memory:
-        element = src.read("i32")
-    else:
-        element = extract(src.read("<4 x i32>"), control >> 6)
+    memory = src.is_memory
+    element = src.read("i32") if memory else extract(src.read("<4 x i32>"), control >> 6)
     value = insert(dst.read("<4 x i32>"), control >> 4 & 3, element)
     cleared = [n + 4 if control >> n & 1 else n for n in range(4)]
     dst.write(shuffle(value, i.h.zero("<4 x i32>"), cleared))
 
 
-EXTENSIONS = {"bw": (8, 16), "bd": (8, 32), "bq": (8, 64), "wd": (16, 32), "wq": (16, 64), "dq": (32, 64)}  # fmt: skip
+EXTENSIONS = {
+    "bw": (8, 16),
+    "bd": (8, 32),
+    "bq": (8, 64),
+    "wd": (16, 32),
+    "wq": (16, 64),
+    "dq": (32, 64),
+}
 
 
 @row(*(f"pmov{x}x{s}" for x in "sz" for s in EXTENSIONS), feature="sse4.1")
 def move_extended(i: Insn, name: str) -> None:
-    """PMOVSX and PMOVZX: elements from the low part of the source, which in memory is no longer than that."""
+    """PMOVSX and PMOVZX: elements from the low part of the source, which in memory is no longer
+    than that.
+    """
     narrow, wide = EXTENSIONS[name[6:]]
     dst, src = i.ops
     used = dst.bits * narrow // wide
@@ -198,22 +213,18 @@ def maskmovq(i: Insn) -> None:
 
 
 def masked_store(i: Insn) -> None:
-    """Stores the bytes whose mask byte is negative, each alone: its neighbours may be changed by others meanwhile."""
+    """Stores the bytes whose mask byte is negative, each alone: its neighbours may be changed by
+    others meanwhile.
+    """
     h, (target, source, mask) = i.h, i.ops
     assert isinstance(target, Memory)
     chosen = sign_mask(mask.read(lanes(mask.bits, 8))).zext(64)
-    value = source.read()
-    with h.If(chosen.ne(0)):
-        lowest = h.intrinsic("llvm.cttz.i64", "i64", chosen, h.false())
-        highest = 63 - h.intrinsic("llvm.ctlz.i64", "i64", chosen, h.false())
-        for n in (lowest, highest):  # a fault comes before anything is stored
-            h.place(target.linear(target.offset + n, 1, write=True), 1)
+    value, offset = source.read(), target.offset
+    target.place()  # all bytes must be writable, even those that are not written
     left = h.var(chosen)
     with h.Loop() as loop:
         loop.break_if(left.get().eq(0))
         n = h.intrinsic("llvm.cttz.i64", "i64", left.get(), h.false())
         byte = (value >> (n << 3).resize(value.bits)).trunc(8)
-        h.store(target.linear(target.offset + n, 1, write=True), byte)
+        h.store(target.linear(offset + n, 1, write=True), byte)
         left.set(left.get() & (left.get() - 1))
-
-

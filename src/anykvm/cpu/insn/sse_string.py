@@ -1,4 +1,5 @@
-"""String comparison of SSE4.2: PCMPESTRI, PCMPESTRM, PCMPISTRI, PCMPISTRM (SDM vol. 1, 12.10, vol. 2, 4.1).
+"""String comparison of SSE4.2: PCMPESTRI, PCMPESTRM, PCMPISTRI, PCMPISTRM (SDM vol. 1, 12.10, vol.
+2, 4.1).
 
 The host has the very instructions; LLVM's intrinsics give the result and each flag.
 """
@@ -7,14 +8,16 @@ from __future__ import annotations
 
 from anykvm.cpu.forms import Insn, row
 from anykvm.cpu.insn.integer import RAX, RCX, RDX, read_gpr, write_gpr
-from anykvm.cpu.insn.sse_int import control
+from anykvm.cpu.insn.sse_shuffle import control
 from anykvm.cpu.ir import Value
 
 TYPE = "<16 x i8>"
 
 
 def _length(i: Insn, number: int, name: str) -> Value:
-    """The length in a register; one of 64 bits is saturated to what an `i32` holds, which is more than any vector has."""
+    """The length in a register; one of 64 bits is saturated to what an `i32` holds, which is more
+    than any vector has.
+    """
     if not name.endswith("64"):
         return read_gpr(i, number, 32)
     h, whole = i.h, read_gpr(i, number, 64)
@@ -35,7 +38,7 @@ def _arguments(i: Insn, name: str) -> list[Value]:
 @row("pcmpestri", "pcmpestri64", "pcmpestrm", "pcmpestrm64", "pcmpistri", "pcmpistrm",
      writes=(), feature="sse4.2", constant=True, unaligned=True)  # fmt: skip
 def compare_strings(i: Insn, name: str) -> None:
-    """An index in ECX or a mask in XMM0; CF, ZF, SF, OF tell of the result and the strings' ends."""
+    """An index in ECX or a mask in XMM0; CF, ZF, SF, OF tell of it and the strings' ends."""
     h, arguments = i.h, _arguments(i, name)
     stem = f"llvm.x86.sse42.pcmp{name[4]}str"
 

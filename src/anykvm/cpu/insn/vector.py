@@ -1,6 +1,7 @@
 """Vectors in the value algebra: their types, lanes, shuffles, and LLVM's vector intrinsics.
 
-Nothing here knows how long a vector is, so one instruction's meaning serves MMX, XMM and wider registers.
+Nothing here knows how long a vector is, so one instruction's meaning serves MMX, XMM and wider
+registers.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ def saturate(v: Value, bits: int, *, unsigned: bool) -> Value:
 
 
 def read(op: Operand, bits: int, element: int) -> Value:
-    """An operand as an integer vector of `bits`; what a narrower operand in memory leaves open is zero."""
+    """An operand as an integer vector of `bits`; what a narrower operand in memory leaves open is
+    zero.
+    """
     type_ = lanes(bits, element)
     if op.bits >= bits:
         return op.read(type_)
@@ -137,8 +140,8 @@ def read(op: Operand, bits: int, element: int) -> Value:
 
 
 def read_float(op: Operand, element: str, count: int) -> Value:
-    """An operand as `count` floats. Volatile, so that LLVM does not swap the operands of a sum to fold a load into it:
-    of two NaNs the first one is the result.
+    """An operand as `count` floats. Volatile, so that LLVM does not swap the operands of a sum to
+    fold a load into it: of two NaNs the first one is the result.
     """
     type_ = element if count == 1 else vector(count, element)
     return op.ptr.load(type_, volatile=True) if isinstance(op, Register) else op.read(type_)

@@ -1,14 +1,16 @@
-"""How an x87 instruction is executed: by the host's own x87 unit, on the guest's registers (SDM vol. 1, chapter 8).
+"""How an x87 instruction is executed: by the host's own x87 unit, on the guest's registers (SDM
+vol. 1, chapter 8).
 
-An `Operation` is the instruction's text and what it does to the register stack. Its usual case loads the registers that it reads,
-computes with every exception masked, and stores what it wrote. An empty or full stack, and an exception that the guest has unmasked,
-take the other way: the guest's whole x87 state is put into the host's unit, the instruction is executed there as it is, and the
-state is taken back. So responses to exceptions, masked or not, are the processor's own.
+An `Operation` is the instruction's text and what it does to the register stack. Its usual case
+loads the registers that it reads, computes with every exception masked, and stores what it wrote.
+An empty or full stack, and an exception that the guest has unmasked, take the other way: the
+guest's whole x87 state is put into the host's unit, the instruction is executed there as it is,
+and the state is taken back. So responses to exceptions, masked or not, are the processor's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from anykvm.cpu import fpu_image
@@ -18,7 +20,7 @@ from anykvm.cpu.guest import MF, R_IMM
 from anykvm.cpu.ir import Value
 
 C1, C_ALL, C2 = 0x0200, 0x4700, 0x0400
-PRECISION = 0x20
+PRECISION, UNDERFLOW = 0x20, 4  # a flag, a bit's number
 NEW = -1  # the register that becomes ST(0)
 SIZES = {16: "word", 32: "dword", 64: "qword", 80: "tbyte"}
 
@@ -28,7 +30,7 @@ class Operation(NamedTuple):
 
     text: str  # {r}: the last register of `reads`; {m}: the memory operand
     reads: tuple[int, ...] = (0,)  # ST(n) that must not be empty
-    results: tuple[int, ...] = (0,)  # ST(n) that are written, by their numbers before the instruction
+    results: tuple[int, ...] = (0,)  # ST(n) that are written; numbers as before the instruction
     pops: int = 0
     push: bool = False
     conditions: int = C1  # condition codes that it sets
@@ -75,7 +77,7 @@ class Stack:
     def __init__(self, i: Insn) -> None:
         self.h = i.h
         self.sw, self.tags = i.h.get("fpu_sw"), i.h.get("fpu_tag")
-        self.top = fpu_image.top_of(self.sw)
+        self.top = i.h.get("fpu_top")
 
     def number(self, n: int) -> Value:
         return fpu_image.physical(self.h, self.top, n)
@@ -84,36 +86,58 @@ class Stack:
         """Pointer to ST(n)."""
         return fpu_image.register(self.h, self.number(n))
 
-    def legal(self, reads: Iterable[int], *, push: bool) -> Value:
+    def legal(self, reads: Collection[int], *, push: bool) -> Value:
         """Whether the registers that are read are in use, and the one to be pushed on is free."""
         h = self.h
+        if push and 7 in reads:  # one and the same
+            return h.false()
         turn = (self.top << 1).trunc(16)
         turned = h.intrinsic("llvm.fshr.i16", "i16", self.tags, self.tags, turn)
         wanted = 0x4000 if push else 0
         care = wanted | sum(1 << 2 * n for n in set(reads))
         return ((turned & (turned >> 1) & care) ^ wanted).eq(0)
 
-    def moved_tags(self, *, pops: int, push: bool) -> Value:
+    def moved_tags(self, op: Operation) -> Value:
         tags = self.tags
-        if push:
-            tags = tags & ~self.tag(NEW)
-        for n in range(pops):
+        for n in set(op.results) - set(op.reads):
+            tags = tags & ~self.tag(n)
+        for n in range(op.pops):
             tags = tags | self.tag(n)
         return tags
 
     def tag(self, n: int) -> Value:
         return self.h.const(3, 16) << (self.number(n) << 1).trunc(16)
 
-    def moved_top(self, sw: Value, delta: int) -> Value:
-        """A status word with this stack's TOP plus `delta`."""
-        return (sw & ~SW_TOP) | ((self.sw + (delta << 11)) & SW_TOP)
-
-    def commit(self, conditions: Value, *, pops: int = 0, push: bool = False) -> None:
-        """Moves the stack; `conditions` is the new status word but for TOP."""
+    def turn(self, sw: Value, delta: int) -> None:
+        """Adds `delta` to TOP and stores the status word, of whose TOP nothing is taken."""
         h = self.h
-        if pops or push:
-            h.set("fpu_tag", self.moved_tags(pops=pops, push=push))
-        h.set("fpu_sw", self.moved_top(conditions, pops - push))
+        if delta:
+            top = self.number(delta)
+            h.set("fpu_top", top)
+            h.set("fpu_sw", (sw & ~SW_TOP) | (top.trunc(16) << 11))
+        else:
+            h.set("fpu_sw", sw)
+
+    def commit(self, op: Operation, conditions: Value) -> None:
+        """What an operation does to TOP and the tags; `conditions` is the new status word but for
+        TOP.
+        """
+        h = self.h
+        if op.pops or set(op.results) - set(op.reads):
+            h.set("fpu_tag", self.moved_tags(op))
+        self.turn(conditions, op.delta)
+
+
+def get(register: Value) -> tuple[Value, Value]:
+    """Mantissa, and sign with exponent; in the parts in which the x87 unit stores it, so that the
+    loads need not wait.
+    """
+    return register.load("i64"), register.offset(8).load("i16")
+
+
+def put(register: Value, value: tuple[Value, Value]) -> None:
+    register.store(value[0])
+    register.offset(8).store(value[1])
 
 
 def require_no_pending(i: Insn) -> None:
@@ -122,7 +146,9 @@ def require_no_pending(i: Insn) -> None:
 
 
 def note_pointers(i: Insn) -> None:
-    """FIP, FOP and FDP (SDM vol. 1, 8.1.8). Code and data selectors are always 0, as CPUID.7.0:EBX[13] says."""
+    """FIP, FOP and FDP (SDM vol. 1, 8.1.8). Code and data selectors are always 0, as
+    CPUID.7.0:EBX[13] says.
+    """
     h = i.h
     h.set("fpu_ip", h.rip())
     h.set("fpu_op", h.record(R_IMM, "i16"))
@@ -144,8 +170,13 @@ def stack_operand(i: Insn, position: int = -1) -> int:
     return op.n
 
 
-def operate(i: Insn, op: Operation) -> None:
-    """Executes an operation in either way."""
+Shortcut = Callable[[Insn, Operation, Stack], None]
+
+
+def operate(i: Insn, op: Operation, shortcut: Shortcut | None = None) -> None:
+    """Executes an operation in either way; `shortcut` may do so itself and go on where it knows
+    better.
+    """
     h, memory = i.h, memory_operand(i)
     require_no_pending(i)
     if memory and memory.writes:
@@ -155,7 +186,11 @@ def operate(i: Insn, op: Operation) -> None:
     note_pointers(i)
     stack = Stack(i)
     if not (op.pops and op.results and op.results[0] < op.pops and not op.push):
-        with h.If(stack.legal(op.reads, push=op.push)):
+        # An exact denormal result is an underflow only to those who have unmasked it.
+        masked = h.get("fpu_cw").bit(UNDERFLOW)
+        with h.If(stack.legal(op.reads, push=op.push) & masked):
+            if shortcut:
+                shortcut(i, op, stack)
             _usual(i, op, stack, memory)
     whole(i, op, memory)
 
@@ -183,7 +218,9 @@ def _sequence(op: Operation, window: list[int], pointers: dict[int, str], memory
 
 
 def _usual(i: Insn, op: Operation, stack: Stack, memory: Memory | None) -> None:
-    """Goes on to the next instruction if no unmasked exception came up, and has changed nothing otherwise."""
+    """Goes on to the next instruction if no unmasked exception came up, and has changed nothing
+    otherwise.
+    """
     h = i.h
     window = list(dict.fromkeys(op.reads))
     outputs = [n for n in op.results if n not in window]
@@ -205,7 +242,7 @@ def _usual(i: Insn, op: Operation, stack: Stack, memory: Memory | None) -> None:
         if memory and memory.writes:
             _store(i, memory)
         kept = stack.sw & ~op.conditions
-        stack.commit(kept | (sw & (op.conditions | MASKS)), pops=op.pops, push=op.push)
+        stack.commit(op, kept | (sw & (op.conditions | MASKS)))
         if op.gives_flags:
             _flags_from_lahf(i, out)
         h.next()

@@ -1,14 +1,14 @@
-"""x87 control (SDM vol. 1, 8.3.11): control and status words, environment, and the register stack itself."""
+"""x87 control (SDM vol. 1, 8.3.11): control and status words, environment, and the register stack
+itself."""
 
 from __future__ import annotations
 
 from anykvm.cpu import fpu_image
 from anykvm.cpu.forms import Insn, Memory, row
-from anykvm.cpu.fpu_image import I_CS_OP, I_CW, I_DP, I_DS, I_IP, I_ST, I_SW, I_TAG
+from anykvm.cpu.fpu_image import I_CS_OP, I_CW, I_DP, I_DS, I_IP, I_ST, I_SW, I_TAG, MASKS
 from anykvm.cpu.guest import NM
 from anykvm.cpu.insn.x87 import (
     C1,
-    MASKS,
     Stack,
     memory_operand,
     note_pointers,
@@ -74,7 +74,7 @@ def turn(i: Insn, name: str) -> None:
     require_no_pending(i)
     note_pointers(i)
     stack = Stack(i)
-    i.h.set("fpu_sw", stack.moved_top(stack.sw & ~C1, 1 if name == "fincstp" else -1))
+    stack.turn(stack.sw & ~C1, 1 if name == "fincstp" else -1)
 
 
 @x87("ffree", "ffreep")
@@ -82,11 +82,10 @@ def ffree(i: Insn, name: str) -> None:
     require_no_pending(i)
     note_pointers(i)
     stack = Stack(i)
+    pop = name == "ffreep"
     tags = stack.tags | stack.tag(stack_operand(i))
-    if name == "ffreep":
-        tags = tags | stack.tag(0)
-        i.h.set("fpu_sw", stack.moved_top(stack.sw & ~C1, 1))
-    i.h.set("fpu_tag", tags)
+    i.h.set("fpu_tag", tags | stack.tag(0) if pop else tags)
+    stack.turn(stack.sw & ~C1, int(pop))
 
 
 # The environment: 14 or 28 bytes, otherwise laid out in real and virtual-8086 mode
@@ -104,7 +103,9 @@ def _split(offset: Value, opcode: Value, bits: int) -> tuple[Value, Value]:
 
 
 def _environment(i: Insn, wide: bool) -> Value:
-    """Puts the environment (and the registers) into `State.x87_image` in the format of the present mode."""
+    """Puts the environment (and the registers) into `State.x87_image` in the format of the
+    present mode.
+    """
     h = i.h
     h.call_runtime("x87_pack")
     image = h.field("x87_image")
@@ -176,7 +177,7 @@ def load_environment(i: Insn, name: str) -> None:
     image = h.field("x87_image")
     image.store(op.read(f"<{op.bits // 16} x i16>"))
     words = [image.offset(at if wide else at // 2).load("i16") for at in (I_CW, I_SW, I_TAG)]
-    h.set("fpu_sw", words[1])
+    fpu_image.set_status(h, words[1])
     h.set("fpu_tag", words[2])
     _load_pointers(i, image, wide)
     if name == "frstor":

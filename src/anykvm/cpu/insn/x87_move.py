@@ -1,4 +1,5 @@
-"""x87 data transfer (SDM vol. 1, 8.3.3 and 8.3.4): loads, stores, exchange, conditional moves, constants."""
+"""x87 data transfer (SDM vol. 1, 8.3.3 and 8.3.4): loads, stores, exchange, conditional moves,
+constants."""
 
 from __future__ import annotations
 
@@ -10,10 +11,12 @@ from anykvm.cpu.insn.x87 import (
     NEW,
     Operation,
     Stack,
+    get,
     memory_operand,
     note_pointers,
     operate,
     operations,
+    put,
     require_no_pending,
     stack_operand,
     whole,
@@ -45,14 +48,14 @@ def _moving(i: Insn, op: Operation, move: Callable[[Stack], None]) -> None:
     stack = Stack(i)
     with i.h.If(stack.legal(op.reads, push=op.push)):
         move(stack)
-        stack.commit(stack.sw & ~C1, pops=op.pops, push=op.push)
+        stack.commit(op, stack.sw & ~C1)
         i.h.next()
     whole(i, op, None)
 
 
 def _copy(i: Insn, op: Operation, source: int, target: int) -> None:
     def move(stack: Stack) -> None:
-        stack.at(target).store(stack.at(source).load("<2 x i64>"))
+        put(stack.at(target), get(stack.at(source)))
 
     _moving(i, op, move)
 
@@ -81,9 +84,9 @@ def fxch(i: Insn, name: str) -> None:
 
     def move(stack: Stack) -> None:
         first, second = stack.at(0), stack.at(n)
-        a, b = first.load("<2 x i64>"), second.load("<2 x i64>")
-        first.store(b)
-        second.store(a)
+        a, b = get(first), get(second)
+        put(first, b)
+        put(second, a)
 
     _moving(i, Operation("fxch st({r})", (0, n), (0, n)), move)
 
@@ -91,4 +94,5 @@ def fxch(i: Insn, name: str) -> None:
 @x87(*(f"fcmov{c}" for c in CONDITIONS))
 def fcmov(i: Insn, name: str) -> None:
     reads = (0, stack_operand(i))
-    operate(i, Operation(f"{name} st(0), st({{r}})", reads, takes_flags=True))
+    op = Operation(f"{name} st(0), st({{r}})", reads, conditions=0, takes_flags=True)
+    operate(i, op)

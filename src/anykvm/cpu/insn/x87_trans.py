@@ -11,9 +11,7 @@ operations(
         "fsincos": Operation(
             "fsincos", results=(-1, 0), push=True, conditions=C1 | C2, partial=True
         ),
-        "fptan": Operation(
-            "fptan", results=(-1, 0), push=True, conditions=C1 | C2, partial=True
-        ),
+        "fptan": Operation("fptan", results=(-1, 0), push=True, conditions=C1 | C2, partial=True),
         "fpatan": Operation("fpatan", (0, 1), (1,), pops=1),
         "f2xm1": Operation("f2xm1"),
         "fyl2x": Operation("fyl2x", (0, 1), (1,), pops=1),
