@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from iced_x86 import (
     Code,
@@ -31,11 +31,10 @@ FEATURES = ("MMX", "SSE", "SSE2", "SSE3", "SSSE3", "SSE4_1", "SSE4_2")
 NOT_HERE = frozenset(
     "fisttp prefetchnta prefetcht0 prefetcht1 prefetcht2 sfence lfence mfence ldmxcsr".split()
 )
-APPROXIMATE = ("rcpps", "rcpss", "rsqrtps", "rsqrtss")
 DATA = SCRATCH + 0x800
 
 
-def _names(module: object) -> dict[int, str]:
+def _names(module: object) -> dict[Any, str]:
     return {v: k for k, v in vars(module).items() if isinstance(v, int) and k.isupper()}
 
 
@@ -52,6 +51,8 @@ REGISTERS = {
     "XMM": tuple(getattr(Register, f"XMM{n}") for n in (1, 10)),
 }
 
+Generator = Callable[[random.Random], int]
+
 
 class Line(NamedTuple):
     """One instruction under test."""
@@ -62,13 +63,13 @@ class Line(NamedTuple):
     constant: bool  # its immediate belongs to the form
 
 
-def features_of(code: int) -> list[str]:
+def features_of(code: Any) -> list[str]:
     i = Instruction()
     i.code = code
     return [FEATURE_NAMES[f] for f in i.cpuid_features()]
 
 
-def codes(feature: str) -> list[int]:
+def codes(feature: str) -> list[Any]:
     """The legacy encodings of a feature that 64-bit mode has."""
     found = []
     for code in _names(Code):
@@ -81,7 +82,7 @@ def codes(feature: str) -> list[int]:
     return found
 
 
-def _instruction(code: int, *, memory: bool, immediate: int, same: bool) -> Instruction | None:
+def _instruction(code: Any, *, memory: bool, immediate: int, same: bool) -> Instruction | None:
     """The code with operands filled in; None where it has no such variant."""
     info = OpCodeInfo(code)
     i = Instruction()
@@ -186,11 +187,17 @@ def _text(rng: random.Random) -> int:
     return int.from_bytes(bytes(rng.choice(b"\0aabc\xff") for _ in range(16)), "little")
 
 
-INTEGERS = (_limits, _limits, _small, lambda rng: rng.getrandbits(128), _text)
-FLOATS = {"s": (_singles,), "d": (_doubles,)}
+INTEGERS: tuple[Generator, ...] = (
+    _limits,
+    _limits,
+    _small,
+    lambda rng: rng.getrandbits(128),
+    _text,
+)
+FLOATS: dict[str, tuple[Generator, ...]] = {"s": (_singles,), "d": (_doubles,)}
 
 
-def _generators(name: str) -> tuple[object, ...]:
+def _generators(name: str) -> tuple[Generator, ...]:
     """What kind of values mean something to an instruction."""
     if name.startswith("cvt"):
         return (_singles, _doubles, _limits)
@@ -213,7 +220,7 @@ def case(line: Line, rng: random.Random, *, unmasked: bool = False) -> Case:
     choices = _generators(line.name)
 
     def value() -> int:
-        return rng.choice(choices)(rng)  # type: ignore[operator]
+        return rng.choice(choices)(rng)
 
     first = value()
     second = first if rng.random() < 0.1 else value()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -84,11 +85,9 @@ def test_restoring_environment(name: str, wide: bool) -> None:
     assert not _wrong([_fx_case(r, code, _environment(r, wide)) for _ in range(COUNT)])
 
 
-def _run(text: str, mode: int | str = 64, **fields: object) -> Result:
-    bits = {"compat": 32}.get(mode, mode)  # type: ignore[call-overload]
-    assert isinstance(bits, int)
-    case = Case(assemble(text, bits), {"rbx": 0x800 if mode == 16 else MEMORY})
-    return machine().execute(replace(case, **fields), mode)  # type: ignore[arg-type]
+def _run(text: str, mode: int | str = 64, **fields: Any) -> Result:
+    case = Case(assemble(text, 32 if mode == "compat" else int(mode)), {"rbx": MEMORY}, **fields)
+    return machine().execute(case, mode)
 
 
 def test_pointers() -> None:

@@ -94,8 +94,10 @@ def test_masked_store_at_the_end_of_memory() -> None:
         for mask in masks
         for k in (8, 1, 16, 17)
     ]
-    wrong = compare(cases)
-    assert not wrong, wrong
+    for case, guest, native in run_both(cases):
+        same_page = guest.cr2 is not None and guest.cr2 | 4095 == (native.cr2 or 0) | 4095
+        guest = dataclasses.replace(guest, cr2=native.cr2 if same_page else guest.cr2)
+        assert not differences(guest, native), case
 
 
 def test_across_a_page() -> None:

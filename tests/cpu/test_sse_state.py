@@ -14,8 +14,8 @@ UD, NM, MF, XM = 6, 7, 16, 19
 MP_EM_TS = {"em": 4, "ts": 8}
 OSFXSR, OSXMMEXCPT = 1 << 9, 1 << 10
 ALL_SSE = (
-    "addps xmm1, xmm2", "movd xmm1, eax", "pabsb xmm1, xmm2", "haddpd xmm1, xmm2", "ptest xmm1, xmm2",
-    "cvtps2pi mm1, xmm2", "cvtpi2ps xmm1, mm2", "pcmpistri xmm1, xmm2, 0",
+    "addps xmm1, xmm2", "movd xmm1, eax", "pabsb xmm1, xmm2", "haddpd xmm1, xmm2",
+    "ptest xmm1, xmm2", "cvtps2pi mm1, xmm2", "cvtpi2ps xmm1, mm2", "pcmpistri xmm1, xmm2, 0",
 )  # fmt: skip
 ONLY_MMX = ("paddb mm1, mm2", "pmaxub mm1, mm2", "pabsb mm1, mm2", "movd mm1, eax", "emms")
 NEITHER = ("crc32 eax, ecx", "movnti [rbx], eax", "prefetcht0 [rbx]", "sfence")
@@ -77,7 +77,8 @@ def test_pending_x87_exception() -> None:
 def test_modes(mode: int | str) -> None:
     bits = 64 if mode == 64 else 32
     base = "rbx" if mode == 64 else "ebx"
-    text = f"movdqu xmm1, [{base}+1]; paddd xmm1, [{base}+16]; movq mm0, [{base}]; maskmovdqu xmm1, xmm1"
+    text = f"movdqu xmm1, [{base}+1]; paddd xmm1, [{base}+16]; movq mm0, [{base}]; "
+    text += "maskmovdqu xmm1, xmm1"
     data = bytes(range(48))
     case = Case(
         assemble(text, bits),

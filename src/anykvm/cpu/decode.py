@@ -335,7 +335,7 @@ class FormDecoder:
         if name in ("push", "pop") and i.op_kind(0) == OpKind.REGISTER and name == "pop":
             if TABLE[i.op_register(0)][0] == "s":
                 return None
-        if name not in ROWS:
+        if name not in ROWS or i.is_jmp_far_indirect or i.is_call_far_indirect:
             return None
         o = Operands()
         attrs = _sizes(i, name, self.mode)

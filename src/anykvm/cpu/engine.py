@@ -48,7 +48,7 @@ class Runtime:
 
         self.address = dict(zip(names, process_jit().addresses(names, make), strict=True))
         self.call: dict[str, Callable[..., int]] = {
-            name: callable_at(self.address[name], result, *params)
+            name: callable_at(self.address[name], result, *params, releases_gil=name == "run")
             for name, (result, params) in SIGNATURES.items()
         }
 

@@ -10,7 +10,7 @@ anything first.
 
 from __future__ import annotations
 
-from anykvm.cpu.guest import Guest, Routine
+from anykvm.cpu.guest import R_IMM, Guest, Routine
 from anykvm.cpu.ir import PTR, Value
 from anykvm.cpu.mxcsr import read_mxcsr, write_mxcsr
 from anykvm.cpu.state import offset_of
@@ -20,6 +20,7 @@ CW_VALID, CW_FIXED, CW_INIT = 0x1F3F, 0x40, 0x37F
 SW_EXCEPTION, SW_BUSY, SW_TOP = 0x80, 0x8000, 0x3800
 EMPTY_TAGS = 0x5555
 MXCSR_VALID = 0xFFFF
+INTEGER_BIT = 1 << 63
 CR4_OSFXSR = 9
 
 # FSAVE's image in 32-bit protected mode
@@ -57,6 +58,7 @@ def enter(f: Routine) -> Value:
 
 def leave(f: Routine, kept: Value) -> None:
     """Gives the host's x87 unit back."""
+    resolve_pointers(f)
     clear_flags(f)
     assembly(f, "fldcw word ptr [$0]", "void", "r", kept)
 
@@ -99,7 +101,7 @@ def initialize(f: Guest) -> None:
     f.set("fpu_cw", CW_INIT)
     set_status(f, f.const(0, 16))
     f.set("fpu_tag", 0xFFFF)
-    for name in ("fpu_op", "fpu_ip", "fpu_dp", "fpu_cs", "fpu_ds"):
+    for name in ("fpu_op", "fpu_ip", "fpu_dp", "fpu_pc"):
         f.set(name, 0)
     assembly(f, "fninit", "void", "")
 
@@ -152,17 +154,27 @@ def copy_registers(f: Guest, image: Value, stride: int, *, out: bool) -> None:
             target.offset(8).store(high)
 
 
+def resolve_pointers(f: Guest) -> None:
+    """FIP and FOP of the instruction that was the last to note where it stands."""
+    pc = f.get("fpu_pc")
+    with f.If(pc.ne(0)):
+        index = (pc - f.get("records")) >> 2
+        f.set("fpu_ip", (f.get("records_rip") + index).to_ptr().load("i64"))
+        f.set("fpu_op", pc.to_ptr().offset(R_IMM).load("i16"))
+        f.set("fpu_pc", 0)
+
+
 def x87_pack() -> Routine:
     """x87_pack(): `State.x87_image` from the x87 state, in the format of 32-bit protected mode."""
     f = Routine("x87_pack", "void")
+    resolve_pointers(f)
     image = f.field("x87_image")
     for at, value in ((I_CW, f.get("fpu_cw")), (I_SW, f.get("fpu_sw")), (I_TAG, full_tags(f))):
         image.offset(at).store(value.zext(32) | 0xFFFF_0000)
     image.offset(I_IP).store(f.get("fpu_ip").trunc(32))
-    image.offset(I_CS_OP).store(f.get("fpu_cs"))
-    image.offset(I_CS_OP + 2).store(f.get("fpu_op"))
+    image.offset(I_CS_OP).store(f.get("fpu_op").zext(32) << 16)
     image.offset(I_DP).store(f.get("fpu_dp").trunc(32))
-    image.offset(I_DS).store(f.get("fpu_ds").zext(32) | 0xFFFF_0000)
+    image.offset(I_DS).store(f.const(0xFFFF_0000, 32))
     copy_registers(f, image.offset(I_ST), 10, out=True)
     return f
 
@@ -200,15 +212,14 @@ def unabridged(tags: Value) -> Value:
 def fx_pack() -> Routine:
     """fx_pack(wide): `State.fx_image` from the state; `wide` for 64-bit pointers."""
     f = Routine("fx_pack", "void", ("wide", "i1"))
+    resolve_pointers(f)
     image = f.field("fx_image")
     image.offset(X_CW).store(f.get("fpu_cw"))
     image.offset(X_SW).store(f.get("fpu_sw"))
     image.offset(X_TAG).store(abridged(f.get("fpu_tag")).zext(16))
     image.offset(X_OP).store(f.get("fpu_op"))
-    for at, offset, selector in ((X_IP, "fpu_ip", "fpu_cs"), (X_DP, "fpu_dp", "fpu_ds")):
-        whole = f.get(offset)
-        narrow = (whole & 0xFFFF_FFFF) | (f.get(selector).zext(64) << 32)
-        image.offset(at).store(f["wide"].select(whole, narrow))
+    for at, pointer in ((X_IP, f.get("fpu_ip")), (X_DP, f.get("fpu_dp"))):
+        image.offset(at).store(f["wide"].select(pointer, pointer & 0xFFFF_FFFF))
     image.offset(X_MXCSR).store(read_mxcsr(f))
     image.offset(X_MASK).store(f.const(MXCSR_VALID, 32))
     copy_registers(f, image.offset(X_ST), 16, out=True)
@@ -225,11 +236,11 @@ def fx_unpack() -> Routine:
     image = f.field("fx_image")
     set_status(f, image.offset(X_SW).load("i16"))
     f.set("fpu_tag", unabridged(image.offset(X_TAG).load("i8")))
+    f.set("fpu_pc", 0)
     f.set("fpu_op", image.offset(X_OP).load("i16") & 0x7FF)
-    for at, offset, selector in ((X_IP, "fpu_ip", "fpu_cs"), (X_DP, "fpu_dp", "fpu_ds")):
-        word = image.offset(at).load("i64")
-        f.set(offset, f["wide"].select(word, word & 0xFFFF_FFFF))
-        f.set(selector, f["wide"].select(f.const(0, 16), (word >> 32).trunc(16)))
+    for at, name in ((X_IP, "fpu_ip"), (X_DP, "fpu_dp")):
+        pointer = image.offset(at).load("i64")
+        f.set(name, f["wide"].select(pointer, pointer & 0xFFFF_FFFF))
     copy_registers(f, image.offset(X_ST), 16, out=False)
     clear_flags(f)
     set_control(f, image.offset(X_CW).load("i16"))
@@ -244,6 +255,40 @@ def fx_unpack() -> Routine:
     return f
 
 
-ROUTINES = (x87_pack, x87_unpack, fx_pack, fx_unpack)
+# Infinities
+def get(at: Value) -> tuple[Value, Value]:
+    """Mantissa, and sign with exponent; in the parts in which the x87 unit stores a register, so
+    that the loads need not wait.
+    """
+    return at.load("i64"), at.offset(8).load("i16")
+
+
+def put(at: Value, value: tuple[Value, Value]) -> None:
+    at.store(value[0])
+    at.offset(8).store(value[1])
+
+
+def x87_infinity() -> Routine:
+    """x87_infinity(a, b, result, product): whether the sum or product of the registers at `a` and
+    `b` is an infinity because one of them is, and no exception comes of it; then `result` has it.
+    """
+    f = Routine("x87_infinity", "i1", ("a", PTR), ("b", PTR), ("result", PTR), ("product", "i1"))
+    infinite, usable, signs = [], [], []
+    for mantissa, high in (get(f["a"]), get(f["b"])):
+        exponent = high & 0x7FFF
+        infinite.append(exponent.eq(0x7FFF) & mantissa.eq(INTEGER_BIT))
+        number = mantissa.slt(0) & exponent.ne(0) & exponent.ne(0x7FFF)
+        usable.append(infinite[-1] | number)
+        signs.append(high & 0x8000)
+    opposite = infinite[0] & infinite[1] & signs[0].ne(signs[1]) & (f["product"] ^ 1)
+    known = (infinite[0] | infinite[1]) & usable[0] & usable[1] & (opposite ^ 1)
+    with f.If(known):
+        sign = f["product"].select(signs[0] ^ signs[1], infinite[0].select(*signs))
+        put(f["result"], (f.const(INTEGER_BIT, 64), sign | 0x7FFF))
+    f.ret(known)
+    return f
+
+
+ROUTINES = (x87_pack, x87_unpack, fx_pack, fx_unpack, x87_infinity)
 
 assert offset_of("st[1]") - offset_of("st[0]") == 16

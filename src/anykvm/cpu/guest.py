@@ -60,6 +60,7 @@ ENTRIES = (
     "deliver",
     "x87_pack",
     "x87_unpack",
+    "x87_infinity",
     "fx_pack",
     "fx_unpack",
     "sse_begin",

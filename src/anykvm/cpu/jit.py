@@ -77,12 +77,15 @@ class ObjectCache:
         except OSError:
             return None
         head, _, rest = data.removeprefix(MAGIC).partition(b"\n")
-        if not data.startswith(MAGIC) or hashlib.sha256(rest).hexdigest().encode() != head:
-            log.warning("translation cache: %s is damaged, translating anew", path.name)
+        line, _, code = rest.partition(b"\n")
+        try:
+            if not data.startswith(MAGIC) or hashlib.sha256(rest).hexdigest().encode() != head:
+                raise ValueError(f"expected the digest of its content, got {head[:64]!r}")
+            return list(map(str, json.loads(line))), code
+        except ValueError as problem:
+            log.warning("translation cache: %s is damaged (%s), translating anew", path.name, problem)
             path.unlink(missing_ok=True)
             return None
-        line, _, code = rest.partition(b"\n")
-        return json.loads(line), code
 
     def find(self, name: str) -> tuple[list[str], bytes] | None:
         """The batch that has function `name`."""
@@ -189,7 +192,8 @@ def process_jit() -> Jit:
 
 
 def callable_at(
-    address: int, result: type[ctypes._SimpleCData[int]] | None, *params: type
+    address: int, result: type | None, *params: type, releases_gil: bool = False
 ) -> Callable[..., int]:
-    """A compiled function with the C calling convention; a call releases the GIL."""
-    return ctypes.CFUNCTYPE(result, *params)(address)
+    """A compiled function with the C calling convention; a short one keeps the GIL."""
+    prototype = ctypes.CFUNCTYPE if releases_gil else ctypes.PYFUNCTYPE
+    return prototype(result, *params)(address)

@@ -422,9 +422,12 @@ def mmio() -> Routine:
         ("pc", PTR),
         ("icount", "i64"),
     )
-    here = f["pc"].to_int().eq(f.get("replay_record")) & f["icount"].eq(f.get("replay_insn"))
+    # By RIP, not by record: executed again the instruction begins a unit of its own.
+    index = (f["pc"].to_int() - f.get("records")) >> 2
+    rip = (f.get("records_rip") + index).to_ptr().load("i64")
+    here = rip.eq(f.get("replay_rip")) & f["icount"].eq(f.get("replay_insn"))
     with f.If(here ^ 1):
-        f.set("replay_record", f["pc"].to_int())
+        f.set("replay_rip", rip)
         f.set("replay_insn", f["icount"])
         f.set("replay_count", 0)
         f.set("replay_next", 0)

@@ -164,11 +164,14 @@ class Cpu:
             if self._requested:
                 self._requested = False
                 return Exit.REQUEST
-            if self.state.irq_pending and self.can_take_interrupt():
+            waiting = self.state.irq_pending and self.state.flags & IF
+            if waiting and not self.in_shadow():
                 return Exit.IRQ_WINDOW
             try:
                 if self.state.mode & STEP:
                     found = self._step()
+                elif waiting:
+                    found = self._out_of_shadow()
                 else:
                     self._enter()
                     found = self._after()
@@ -269,6 +272,11 @@ class Cpu:
         finally:
             if not before:
                 s.mode &= ~STEP
+
+    def _out_of_shadow(self) -> Exit | None:
+        """Just the instruction that holds interrupts off."""
+        self._one()
+        return None if self.state.exit_kind == Exit.REQUEST else self._after()
 
     def _step(self) -> Exit | None:
         """One instruction under TF, breakpoints or a debugger."""

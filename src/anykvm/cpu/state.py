@@ -135,6 +135,7 @@ class State(ctypes.Structure):
         ("mxcsr", u32),
         ("host_mxcsr", u32),
         ("fpu_top", u64),  # TOP of fpu_sw while native code runs: x87 code needs it before the flags
+        ("fpu_pc", u64),  # record that fpu_ip and fpu_op are to be taken from, or 0
         ("x87_image", u8 * 112),  # FRSTOR's image, for instructions that the host executes whole
         ("x87_operand", u8 * 16),  # the memory operand of an x87 instruction
         ("fx_image", u8 * 512),  # FXSAVE's image on its way
@@ -198,7 +199,7 @@ class State(ctypes.Structure):
         ("replay", Replay * REPLAY),
         ("replay_count", u32),
         ("replay_next", u32),
-        ("replay_record", u64),
+        ("replay_rip", u64),
         ("replay_insn", u64),
         ("insn_bytes", u8 * 16),
         ("insn_len", u32),
@@ -308,7 +309,7 @@ class State(ctypes.Structure):
     mmio_write: int
     replay_count: int
     replay_next: int
-    replay_record: int
+    replay_rip: int
     replay_insn: int
     insn_len: int
     code_write_pass: int

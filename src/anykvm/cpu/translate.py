@@ -38,6 +38,7 @@ MAX_BLOCKS = 1 << 20
 ENTRY_WORDS = BLOCK_ENTRY // 8
 WORD = struct.Struct("<Q")
 NO_MODE = 2**64 - 1
+ONES = b"\1" * PAGE
 CODE_MODE = int(
     Mode.CODE32 | Mode.CODE64 | Mode.STACK32 | Mode.PROTECTED | Mode.NM | Mode.SSE_UD | Mode.SSE_NM
 )
@@ -57,18 +58,18 @@ class CodePage:
     """A host page with translated code."""
 
     def __init__(self) -> None:
-        self.translated = (ctypes.c_uint8 * PAGE)()  # 1 for each byte that a unit was made from
-        self.address = ctypes.addressof(self.translated)
+        self.translated = bytearray(PAGE)  # 1 for each byte that a unit was made from
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.translated))
         self.units: list[Unit] = []
 
     def mark(self, start: int, end: int) -> None:
-        ctypes.memset(self.address + start, 1, end - start)
+        self.translated[start:end] = ONES[: end - start]
 
     def take_overlapping(self, start: int, end: int) -> list[Unit]:
         """Removes and returns the units over the bytes `start` to `end`."""
         hit = [u for u in self.units if u.start < end and start < u.end]
         self.units = [u for u in self.units if u not in hit]
-        ctypes.memset(self.address, 0, PAGE)
+        self.translated[:] = bytes(PAGE)
         for unit in self.units:
             self.mark(unit.start, unit.end)
         return hit

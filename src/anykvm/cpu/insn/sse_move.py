@@ -8,16 +8,16 @@ store to a later load of the same size, so a narrow store before a wide load wou
 from __future__ import annotations
 
 from anykvm.cpu.forms import Insn, Memory, Operand, row
+from anykvm.cpu.insn.sse_shuffle import control
 from anykvm.cpu.insn.vector import extract, insert, lanes, resize, shuffle, sign_mask
 from anykvm.cpu.ir import Value
 
 WHOLE = "<2 x i64>"
 
 
-def zero_extended(i: Insn, value: Value, bits: int = 128) -> Value:
-    """A vector of `bits` with this integer lowest and zeros above."""
-    type_ = lanes(bits, value.bits)
-    return value if bits == value.bits else insert(i.h.zero(type_), 0, value)
+def zero_extended(i: Insn, value: Value) -> Value:
+    """A register's worth with this integer lowest and zeros above."""
+    return insert(i.h.zero(lanes(128, value.bits)), 0, value)
 
 
 def copy(i: Insn) -> None:
@@ -131,13 +131,6 @@ for only, (element, feature) in MASKS.items():
     row(only, feature=feature)(lambda i, element=element: move_mask(i, element))
 
 
-def _index(i: Insn, count: int) -> int:
-    """The element that the immediate names, of `count`."""
-    number = i.ops[-1].read().constant
-    assert number is not None
-    return number & (count - 1)
-
-
 ELEMENTS = {
     "w": (16, "sse2/mmx"),
     "b": (8, "sse4.1"),
@@ -149,13 +142,13 @@ ELEMENTS = {
 def insert_element(i: Insn, bits: int) -> None:
     dst, src = i.ops[:2]
     whole = dst.read(lanes(dst.bits, bits))
-    dst.write(insert(whole, _index(i, dst.bits // bits), src.read().resize(bits)))
+    dst.write(insert(whole, control(i) % (dst.bits // bits), src.read().resize(bits)))
 
 
 def extract_element(i: Insn, bits: int) -> None:
     """Into a general register zero-extended."""
     dst, src = i.ops[:2]
-    element = extract(src.read(lanes(src.bits, bits)), _index(i, src.bits // bits))
+    element = extract(src.read(lanes(src.bits, bits)), control(i) % (src.bits // bits))
     dst.write(element.resize(dst.bits))
 
 
@@ -173,11 +166,11 @@ row("extractps", feature="sse4.1", constant=True)(lambda i: extract_element(i, 3
 def insertps(i: Insn) -> None:
     """Bits 7:6 of the immediate choose the source, 5:4 the destination, 3:0 what is cleared."""
     dst, src = i.ops[:2]
-    control = _index(i, 256)
+    c = control(i)
     memory = src.is_memory
-    element = src.read("i32") if memory else extract(src.read("<4 x i32>"), control >> 6)
-    value = insert(dst.read("<4 x i32>"), control >> 4 & 3, element)
-    cleared = [n + 4 if control >> n & 1 else n for n in range(4)]
+    element = src.read("i32") if memory else extract(src.read("<4 x i32>"), c >> 6)
+    value = insert(dst.read("<4 x i32>"), c >> 4 & 3, element)
+    cleared = [n + 4 if c >> n & 1 else n for n in range(4)]
     dst.write(shuffle(value, i.h.zero("<4 x i32>"), cleared))
 
 

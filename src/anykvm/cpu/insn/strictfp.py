@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from anykvm.cpu.forms import Insn
 from anykvm.cpu.guest import Handler
 from anykvm.cpu.insn.vector import element_bits, parts, suffix, vector
-from anykvm.cpu.ir import Value
+from anykvm.cpu.ir import Function, Value
 
 ROUNDING = 'metadata !"round.dynamic", '
 STRICT = 'metadata !"fpexcept.strict"'
 
 
-def _call(h: Handler, name: str, result: str, arguments: str) -> Value:
-    return h.emit(
+def _call(f: Function, name: str, result: str, arguments: str) -> Value:
+    return f.emit(
         f"call {result} @llvm.experimental.constrained.{name}({arguments}) strictfp", result
     )
 
@@ -27,7 +27,6 @@ def arithmetic(name: str, *args: Value) -> Value:
     """`fadd`, `fsub`, `fmul`, `fdiv`, `sqrt`, `fma` of floats or of vectors of them."""
     first = args[0]
     texts = "".join(f"{a.type} {a.text}, " for a in args)
-    assert isinstance(first.f, Handler)
     return _call(first.f, f"{name}.{suffix(first.type)}", first.type, f"{texts}{ROUNDING}{STRICT}")
 
 
@@ -36,7 +35,6 @@ ROUNDED = ("fptrunc", "sitofp", "uitofp")
 
 def convert(name: str, v: Value, type_: str) -> Value:
     """`fpext`, `fptrunc`, `sitofp`, `fptosi` to another type."""
-    assert isinstance(v.f, Handler)
     rounding = ROUNDING if name in ROUNDED else ""
     return _call(
         v.f,
@@ -48,7 +46,6 @@ def convert(name: str, v: Value, type_: str) -> Value:
 
 def compare(predicate: str, a: Value, b: Value, *, signaling: bool) -> Value:
     """An i1 or a vector of them; `signaling` makes any NaN an invalid operation."""
-    assert isinstance(a.f, Handler)
     result = vector(parts(a.type)[0], "i1") if a.type[0] == "<" else "i1"
     return _call(
         a.f,

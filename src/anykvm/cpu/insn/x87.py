@@ -16,7 +16,7 @@ from typing import NamedTuple
 from anykvm.cpu import fpu_image
 from anykvm.cpu.forms import Insn, Memory, StackRegister, row
 from anykvm.cpu.fpu_image import EMPTY_TAGS, MASKS, SW_EXCEPTION, SW_TOP
-from anykvm.cpu.guest import MF, R_IMM
+from anykvm.cpu.guest import MF
 from anykvm.cpu.ir import Value
 
 C1, C_ALL, C2 = 0x0200, 0x4700, 0x0400
@@ -128,35 +128,19 @@ class Stack:
         self.turn(conditions, op.delta)
 
 
-def get(register: Value) -> tuple[Value, Value]:
-    """Mantissa, and sign with exponent; in the parts in which the x87 unit stores it, so that the
-    loads need not wait.
-    """
-    return register.load("i64"), register.offset(8).load("i16")
-
-
-def put(register: Value, value: tuple[Value, Value]) -> None:
-    register.store(value[0])
-    register.offset(8).store(value[1])
-
-
 def require_no_pending(i: Insn) -> None:
     """What a waiting instruction begins with."""
     i.h.raise_if((i.h.get("fpu_sw") & SW_EXCEPTION).ne(0), MF)
 
 
 def note_pointers(i: Insn) -> None:
-    """FIP, FOP and FDP (SDM vol. 1, 8.1.8). Code and data selectors are always 0, as
-    CPUID.7.0:EBX[13] says.
+    """FIP, FOP and FDP (SDM vol. 1, 8.1.8). The selectors read as 0, of which CPUID.7.0:EBX[13]
+    tells.
     """
     h = i.h
-    h.set("fpu_ip", h.rip())
-    h.set("fpu_op", h.record(R_IMM, "i16"))
-    h.set("fpu_cs", 0)
-    for op in i.ops:
-        if isinstance(op, Memory):
-            h.set("fpu_dp", op.offset)
-            h.set("fpu_ds", 0)
+    h.set("fpu_pc", h.pc.to_int())
+    if memory := memory_operand(i):
+        h.set("fpu_dp", memory.offset)
 
 
 def memory_operand(i: Insn) -> Memory | None:

@@ -157,13 +157,9 @@ def _load_pointers(i: Insn, image: Value, wide: bool) -> None:
         for field, low, high in (("fpu_ip", ip, cs_op), ("fpu_dp", dp, ds)):
             h.set(field, (low & 0xFFFF) | ((high << 4) & top))
         h.set("fpu_op", cs_op.trunc(16) & 0x7FF)
-        h.set("fpu_cs", 0)
-        h.set("fpu_ds", 0)
     with h.Else():
         h.set("fpu_ip", ip)
         h.set("fpu_dp", dp)
-        h.set("fpu_cs", cs_op.trunc(16))
-        h.set("fpu_ds", ds.trunc(16))
         if wide:
             h.set("fpu_op", (cs_op >> 16).trunc(16) & 0x7FF)
 

@@ -6,17 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from anykvm.cpu.forms import Insn
+from anykvm.cpu.fpu_image import get, put
 from anykvm.cpu.insn.x87 import (
     C1,
     NEW,
     Operation,
     Stack,
-    get,
     memory_operand,
     note_pointers,
     operate,
     operations,
-    put,
     require_no_pending,
     stack_operand,
     whole,
