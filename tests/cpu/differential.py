@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
-from .harness import Machine, machine
+from .harness import machine
 from .layout import STATUS, Case, Result
 from .native import Native
 
@@ -63,7 +63,7 @@ def _text(value: object) -> str:
     return hex(value) if isinstance(value, int) else str(value)
 
 
-def _describe(case: Case, machine: Machine) -> str:
+def _describe(case: Case) -> str:
     registers = " ".join(f"{n}={v:#x}" for n, v in case.gpr.items())
     xmm = " ".join(f"xmm{n}={v:#x}" for n, v in case.xmm.items())
     memory = " ".join(f"[{a:#x}]={d.hex()}" for a, d in case.memory.items())
@@ -96,5 +96,5 @@ def compare(
     for case, guest, native in run_both(cases):
         found = differences(guest, native, undefined(case, native))
         if found:
-            lines.append(f"{name(case)} {_describe(case, machine())}: {'; '.join(found)}")
+            lines.append(f"{name(case)}: {'; '.join(found)} -- {_describe(case)}")
     return lines

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 GPRS = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
 
-CODE, CODE_SIZE = 0x1010_0000, 1 << 20
+CODE, CODE_SIZE = 0x1020_0000, 1 << 21
 SCRATCH, SCRATCH_SIZE = 0x2000_0000, 1 << 16  # what follows is not mapped, nor what is before
 STACK = SCRATCH + 0xF000  # where RSP points unless told otherwise
 SLOT = 64  # code is placed in multiples of this, and padded with INT3

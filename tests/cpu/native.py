@@ -31,7 +31,7 @@ from .layout import (
 )
 from .native_worker import receive, send
 
-TRAMPOLINE, HANDLER, CONTEXT = 0x1000_0000, 0x1000_0800, 0x1000_1000
+TRAMPOLINE, HANDLER, CONTEXT = 0x1F3A_5000, 0x1F3A_5800, 0x1F3A_6000
 # The context: what goes in, what comes out, what the trampoline keeps
 FX_IN, GPR_IN, FLAGS_IN, TARGET = 0, 512, 640, 648
 FX_OUT, GPR_OUT, FLAGS_OUT, RIP, TRAP, ERROR, CR2, SIGNAL = (

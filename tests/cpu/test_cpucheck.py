@@ -62,7 +62,7 @@ def checked() -> Checked:
     firmware = Firmware(FirmwareOptions(IMAGE.read_bytes(), backend="soft"))
     with firmware.machine(lambda data: None, printed.extend) as machine:
         cpuid = leaves(machine.vcpus[0])
-        result = machine.run(120)
+        result = machine.run(60)
     return Checked(lines_by_name(printed.decode("ascii")), result.outcome, cpuid)
 
 

@@ -1,7 +1,8 @@
 """From bytes to forms: which handler an instruction needs, and what goes into its record.
 
-iced-x86 decodes; this maps its view of an instruction to `forms.Form` and the record's fields. Results are cached by the bytes of
-the instruction, since all but branches and RIP-relative operands mean the same wherever they stand.
+iced-x86 decodes; this maps its view of an instruction to `forms.Form` and the record's fields.
+Results are cached by the bytes of the instruction, since all but branches and RIP-relative operands
+mean the same wherever they stand.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ ADDRESS_ROWS = frozenset("loop loope loopne xlatb".split())
 LEGACY_ROWS = frozenset("syscall sysret iret mov_to_cr3 mov_to_seg fxsave fxrstor".split())
 SHIFTS = frozenset("shl shr sar sal rol ror rcl rcr".split())
 RENAMED = {
-    **{f"{n}{letter}": n for n in ("pushf", "popf", "iret", "sysret", "sysexit") for letter in "dq"},
+    **{
+        f"{n}{letter}": n for n in ("pushf", "popf", "iret", "sysret", "sysexit") for letter in "dq"
+    },
     **{"pushad": "pusha", "popad": "popa", "wait": "fwait"},
 }  # iced has mnemonics for operand sizes; here the size is an attribute
 LETTER_BITS = {"W": 16, "D": 32, "Q": 64}
@@ -309,7 +312,9 @@ class FormDecoder:
         """What instruction `i` with bytes `raw` becomes."""
         name = MNEMONICS[i.mnemonic]
         name = _mov_kind(i, RENAMED.get(name, name))
-        shadow = name == "sti" or (name in ("mov_to_seg", "pop") and i.op_register(0) == Register.SS)
+        shadow = name == "sti" or (
+            name in ("mov_to_seg", "pop") and i.op_register(0) == Register.SS
+        )
         made = self._form(i, name)
         if made is None:
             return Decoded(ASSIST, bytes(16), 0, True, False, False, shadow)
@@ -332,9 +337,8 @@ class FormDecoder:
         changed = self._special(name, self.mode, _has_mmx_operand(i))
         if changed:
             return Form(changed), Operands()
-        if name in ("push", "pop") and i.op_kind(0) == OpKind.REGISTER and name == "pop":
-            if TABLE[i.op_register(0)][0] == "s":
-                return None
+        if name == "pop" and i.op_register(0) in SEGMENT:
+            return None
         if name not in ROWS or i.is_jmp_far_indirect or i.is_call_far_indirect:
             return None
         o = Operands()
@@ -355,9 +359,7 @@ class FormDecoder:
         if name == "mov_to_seg" and i.op_register(0) == Register.SS:
             attrs.append("ss")
         if i.has_lock_prefix:
-            if not ROWS[name].lockable and name != "xchg" or not o.memory:
+            if not o.memory or not (ROWS[name].lockable or name == "xchg"):
                 return Form("ud2"), Operands()
             attrs.append("lock")
-        if name in ("xlatb", "in", "out"):
-            o.specs = [s for s in o.specs if s]
         return Form(name, tuple(o.specs), tuple(attrs)), o

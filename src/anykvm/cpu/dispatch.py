@@ -1,10 +1,12 @@
 """The native runtime's way from one block to the next: look-up, delivery of events, entry and exit.
 
-Translations are found by (RIP, host page, mode): first in the vCPU's jump cache, which also knows the privilege and is emptied by
-advancing `jump_key`, then in the engine's hash table, after the fetch was translated and permitted.
+Translations are found by (RIP, host page, mode): first in the vCPU's jump cache, which also knows
+the privilege and is emptied by advancing `jump_key`, then in the engine's hash table, after the
+fetch was translated and permitted.
 
-Delivery here is the usual case of SDM vol. 3, chapter 6 in IA-32e mode: a present 64-bit gate to a flat ring-0 code segment, and a
-frame that lies in one page. Anything else returns to Python with `Exit.DELIVER`, where delivery is written out in full.
+Delivery here is the usual case of SDM vol. 3, chapter 6 in IA-32e mode: a present 64-bit gate to a
+flat ring-0 code segment, and a frame that lies in one page. Anything else returns to Python with
+`Exit.DELIVER`, where delivery is written out in full.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def block_slot(rip: int, host: int, mask: int) -> int:
 
 
 def find() -> Routine:
-    """find(tlb, rip): the record of the translation at `rip`, or null: a fault is noted or `exit_kind` set."""
+    """find(tlb, rip): the record of the translation at `rip`, or null: a fault is noted or
+    `exit_kind` set.
+    """
     f = Routine("find", PTR, ("tlb", PTR), ("rip", "i64"))
     f.add_to("count_lookup", 1)
     rip, mode = f["rip"], f.get("mode")
@@ -87,7 +91,7 @@ def find() -> Routine:
 
 
 def _jump_mode(f: Routine | Handler, tlb: Value) -> Value:
-    """What a jump-cache entry must carry besides RIP: mode, privilege, and the number of flushes."""
+    """What a jump-cache entry carries besides RIP: mode, privilege, and the number of flushes."""
     user = tlb.eq_ptr(f.user_tlb()).zext(64) << 8
     return f.get("mode") | user | f.get("jump_key")
 
@@ -105,14 +109,16 @@ def _remember(f: Routine, rip: Value, record: Value) -> None:
 
 
 def fetch_page() -> Routine:
-    """fetch_page(tlb, va): host address of the page that code at `va` is in, or 0 as `find`'s null."""
+    """fetch_page(tlb, va): host address of the page that code at `va` is in; 0 as `find`'s null."""
     f = Routine("fetch_page", "i64", ("tlb", PTR), ("va", "i64"))
     f.ret(_fetch_page(f, f["va"], f.const(0, 64)))
     return f
 
 
 def _fetch_page(f: Routine, va: Value, failed: Value) -> Value:
-    """Host address of the page that `va` is fetched from; the function returns null where that faults."""
+    """Host address of the page that `va` is fetched from; the function returns null where that
+    faults.
+    """
     tag = f.tlb_entry(f["tlb"], va)
     found = f.var(f.const(0, 64))
     with f.If((va ^ tag.offset(TLB_EXEC).load("i64", align=8)).ult(4096)):
@@ -150,7 +156,9 @@ def lookup() -> Handler:
 
 
 def refind() -> Handler:
-    """Goes to `State.rip` by the engine's table: what the jump cache does not know, and the entry of `run`."""
+    """Goes to `State.rip` by the engine's table: what the jump cache does not know, and the entry
+    of `run`.
+    """
     h = Handler("refind")
     record = h.call("@find", PTR, h.cpu, h.tlb, h.get("rip"))
     with h.If(record.ne(0)):
@@ -191,7 +199,9 @@ def trouble() -> Handler:
 
 
 def _peek(f: Routine, va: Value, size: int, *, write: bool) -> Value:
-    """Host pointer to `size` bytes at supervisor address `va` in one page of RAM; the function gives up otherwise."""
+    """Host pointer to `size` bytes at supervisor address `va` in one page of RAM; the function
+    gives up otherwise.
+    """
     tag = f.tlb_entry(f.supervisor_tlb(), va)
     offset = TLB_WRITE if write else 0
 
@@ -207,9 +217,11 @@ def _peek(f: Routine, va: Value, size: int, *, write: bool) -> Value:
 
 
 def deliver() -> Routine:
-    """deliver(vector, kind): the usual case of delivering an event at `State.rip`; false with nothing changed otherwise.
+    """deliver(vector, kind): the usual case of delivering an event at `State.rip`; false with
+    nothing changed otherwise.
 
-    A noted error code is pushed. Of the kinds, a FAULT pushes RF, and of SOFTWARE the gate's privilege must allow it.
+    A noted error code is pushed. Of the kinds, a FAULT pushes RF, and of SOFTWARE the gate's
+    privilege must allow it.
     """
     f = Routine("deliver", "i1", ("vector", "i64"), ("kind", "i64"))
 
@@ -278,7 +290,9 @@ def deliver() -> Routine:
 
 
 def run() -> Routine:
-    """run(): executes the guest from `State.rip` until something sets `exit_kind`; at least one instruction."""
+    """run(): executes the guest from `State.rip` until something sets `exit_kind`; at least one
+    instruction.
+    """
     f = Routine("run", "void")
     f.set("exit_kind", 0)
     f.set("replay_next", 0)

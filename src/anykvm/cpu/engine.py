@@ -1,4 +1,5 @@
-"""The engine: what the vCPUs of one VM share. Guest memory, translations, and the gate that stops them all.
+"""The engine: what the vCPUs of one VM share. Guest memory, translations, and the gate that stops
+them all.
 
 This is the room's face to the room that drives it (x86): `Engine`, `Cpu`, `Exit`, `State`.
 """
@@ -122,7 +123,7 @@ class Engine:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Every vCPU is out of native code; afterwards no translation of an address is remembered."""
+        """Every vCPU is out of native code; afterwards their TLBs are empty."""
         with self.gate.shut(self._kick_all):
             yield
             for cpu in self.cpus:
@@ -159,7 +160,9 @@ class Engine:
 
     # Translations
     def translate(self, cpu: Cpu, rip: int, mode: int) -> int | None:
-        """The record for `rip`, translated if need be; None where fetching faults (noted in the state)."""
+        """The record for `rip`, translated if need be; None where fetching faults (noted in the
+        state).
+        """
         base = 0 if mode & Mode.CODE64 else cpu.state.seg[Seg.CS].base
         host = cpu.fetch_page(rip + base)
         if host is None:

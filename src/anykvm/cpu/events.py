@@ -1,7 +1,8 @@
 """Delivery of interrupts and exceptions, written out in full (SDM vol. 3, chapter 6; vol. 1, 6.4).
 
-Native code delivers the usual case itself (`dispatch.deliver`). Here are real mode, 16- and 32-bit gates, stack switches with
-their checks, faults during delivery, the double fault, and the triple fault.
+Native code delivers the usual case itself (`dispatch.deliver`). Here are real mode, 16- and 32-bit
+gates, stack switches with their checks, faults during delivery, the double fault, and the triple
+fault.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ def deliver(
     software: bool = False,
     rip: int | None = None,
 ) -> None:
-    """Delivers an event. `software` is INT n, whose gate's DPL counts; `rip` is what to push where not the current one.
+    """Delivers an event. `software` is INT n, whose gate's DPL counts; `rip` is what to push where
+    not the current one.
 
-    Faults on the way are delivered instead, as a double fault where the manual says so. Raises Shutdown.
+    Faults on the way are delivered instead, as a double fault where the manual says so. Raises
+    Shutdown.
     """
     while True:
         saved = _snapshot(cpu)
@@ -228,7 +231,7 @@ def _protected(
         if flags & Flag.VM:
             outer = [s.seg[n].selector for n in (Seg.GS, Seg.FS, Seg.DS, Seg.ES)]
             frame = [*outer, *frame]
-        _switch_stack(cpu, new, external)
+        switch_stack(cpu, new, external)
     elif flags & Flag.VM:
         raise GuestFault(GP, selector & 0xFFFC | external)
     _push_frame(cpu, frame, size)
@@ -240,7 +243,7 @@ def _protected(
     _clear_flags(cpu, flags, interrupt_gate=not gate >> 40 & TRAP_BIT)
 
 
-def _switch_stack(cpu: Cpu, new: int, external: int) -> None:
+def switch_stack(cpu: Cpu, new: int, external: int) -> None:
     """SS:ESP for privilege level `new` from the TSS."""
     s = cpu.state
     tr = s.seg[Seg.TR]

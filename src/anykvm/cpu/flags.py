@@ -1,13 +1,14 @@
 """The six status flags, kept as the result that they come from.
 
-An operation stores two words: `lf_res`, its result sign-extended to 64 bits, and `lf_aux`, what the result does not tell:
+An operation stores two words: `lf_res`, its result sign-extended to 64 bits, and `lf_aux`, what the
+result does not tell:
 
     bit 63     CF                      bit 3       AF
     bit 62     CF xor OF               bit 0       SF differs from the sign of lf_res
     bits 15:8  what to xor into the low byte of lf_res before its parity is taken
 
-so that no flag needs to know which operation set it, and a flag that nobody reads is never computed. The carry out of each bit
-of an addition gives CF, OF and AF at once.
+so that no flag needs to know which operation set it, and a flag that nobody reads is never
+computed. The carry out of each bit of an addition gives CF, OF and AF at once.
 """
 
 from __future__ import annotations

@@ -1,24 +1,25 @@
 """Instruction forms, and how a form's operands are reached.
 
-A form is a mnemonic, the kinds of its operands and a few attributes; everything else about an instruction (which registers,
-displacement, immediate, successor) stands in its record. Written as text, `add m64i,r64 lock` is the form of
-`lock add [rax+rcx*8+16], rdx`. The operand kinds:
+A form is a mnemonic, the kinds of its operands and a few attributes; everything else about an
+instruction (which registers, displacement, immediate, successor) stands in its record. Written as
+text, `add m64i,r64 lock` is the form of `lock add [rax+rcx*8+16], rdx`. The operand kinds:
 
     r8 r16 r32 r64   general register                 x    XMM register           d    MMX register
     s                segment register                 i    immediate, sign-extended from 32 bits;
                                                            iN where its value N belongs to the form
     st0 ... st7      x87 stack register
-    mN or mN plus    N bits in memory, and of the     j    64-bit immediate, in the record's aux field
+    mN or mN plus    N bits in memory, and of the     j    64-bit immediate, in the aux field
                      shape that the letters tell      k    constant 1 (shifts by one)
 
     i   base + index << scale + displacement (otherwise base + displacement)
     a   absolute, 64 bits in aux (RIP-relative, moffs)
     s   plus the base of a segment (64-bit mode: FS, GS)
     w   the address is cut to 32 bits (64-bit mode with a 67 prefix)
-    l h segmented, with limit checks, addresses of 32 (l) or 16 (h) bits: all code outside 64-bit mode
+    l h segmented, with limit checks, addresses of 32 (l) or 16 (h) bits: outside 64-bit mode
 
-Attributes: `lock`, `rep`, `repne`; `s32` and `s16` for the stack's width (64 where absent); `o16`, `o32`, `o64` where the operand
-size is not told by an operand; `a32`, `a16` likewise for addresses; `back` for a jump that polls.
+Attributes: `lock`, `rep`, `repne`; `s32` and `s16` for the stack's width (64 where absent); `o16`,
+`o32`, `o64` where the operand size is not told by an operand; `a32`, `a16` likewise for addresses;
+`back` for a jump that polls.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Operand:
         raise TypeError(f"operand {self.spec} cannot be written")
 
     def update(self, change: Callable[[Value], Value]) -> tuple[Value, Value]:
-        """Reads, changes and writes back, atomically under LOCK; gives the old and the new value."""
+        """Reads, changes and writes back, atomically under LOCK; gives old and new value."""
         old = self.read()
         new = change(old)
         self.write(new)
@@ -231,7 +232,8 @@ class Memory(Operand):
             seen, done = compare_exchange(h, place.ptr, old.get(), change(old.get()))
             loop.break_if(done)
             old.set(seen)
-        # The value computed inside the loop does not dominate what follows: compute it again from what was exchanged.
+        # The value computed inside the loop does not dominate what follows: compute it again from
+        # what was exchanged.
         before = old.get()
         after = change(before)
         with h.If(place.slow):
@@ -240,7 +242,7 @@ class Memory(Operand):
 
 
 def compare_exchange(h: Function, ptr: Value, expected: Value, new: Value) -> tuple[Value, Value]:
-    """A locked compare-and-exchange on host memory: the value seen, and whether it was exchanged."""
+    """A locked compare-and-exchange on host memory: the value seen, and success."""
     align = expected.bits // 8
     pair = h.emit(
         f"cmpxchg volatile ptr {ptr.text}, {expected.type} {expected.text}, {new.type} {new.text}"
@@ -319,7 +321,9 @@ class Row(NamedTuple):
     writes: frozenset[int]
     lockable: bool
     ends: bool  # control may leave the straight line after it
-    feature: str  # CPUID feature that it belongs to; behind a slash, that of its form with MMX operands
+    feature: (
+        str  # CPUID feature that it belongs to; behind a slash, that of its form with MMX operands
+    )
     constant: bool  # a handler is compiled for each value of its immediate
     unaligned: bool  # its 128-bit operands in memory need no alignment
 
@@ -341,7 +345,9 @@ def row(
     constant: bool = False,
     unaligned: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Declares the semantics of instructions. A function for several gets the mnemonic as its second argument."""
+    """Declares the semantics of instructions. A function for several gets the mnemonic as its
+    second argument.
+    """
 
     def declare(function: Callable[..., None]) -> Callable[..., None]:
         for name in names:

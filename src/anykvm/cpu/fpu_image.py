@@ -180,15 +180,12 @@ def x87_pack() -> Routine:
 
 
 def x87_unpack() -> Routine:
-    """x87_unpack(): status, tags and registers from `State.x87_image`; the host's unit as it was
-    before.
-    """
+    """x87_unpack(): status, tags and registers from `State.x87_image`."""
     f = Routine("x87_unpack", "void")
     image = f.field("x87_image")
     set_status(f, image.offset(I_SW).load("i16"))
     f.set("fpu_tag", image.offset(I_TAG).load("i16"))
     copy_registers(f, image.offset(I_ST), 10, out=False)
-    load_control(f)
     return f
 
 

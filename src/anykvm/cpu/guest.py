@@ -1,11 +1,14 @@
-"""Functions that work on a vCPU: state fields, flags, guest memory, and the ways out of an instruction.
+"""Functions that work on a vCPU: state fields, flags, guest memory, and the ways out of an
+instruction.
 
-A `Handler` is the code of one instruction form. Handlers tail-call one another, so each has the signature
+A `Handler` is the code of one instruction form. Handlers tail-call one another, so each has the
+signature
 
     void (ptr pc, ptr cpu, i64 icount, ptr tlb)     preserve_nonecc
 
-where `pc` is the record being executed, `cpu` the `State`, `icount` the instructions retired and `tlb` the half of the soft-TLB
-for the current privilege. A `Routine` is an ordinary function of the native runtime (C calling convention).
+where `pc` is the record being executed, `cpu` the `State`, `icount` the instructions retired and
+`tlb` the half of the soft-TLB for the current privilege. A `Routine` is an ordinary function of the
+native runtime (C calling convention).
 """
 
 from __future__ import annotations
@@ -163,7 +166,7 @@ class Place:
         return self.ptr.load(type_, volatile=True)
 
     def store(self, value: Value) -> None:
-        """Stores; an access that needs more than a host store ends the instruction if that fails."""
+        """Stores; where that takes more than a host store and fails, the instruction ends."""
         h = self.h
         self.ptr.store(value, volatile=True)
         with h.If(self.slow):
@@ -245,7 +248,7 @@ class Handler(Guest):
         self.tail(self.entry("lookup"), self.pc, icount, tlb)
 
     def abort(self) -> None:
-        """Gives the instruction up: delivers the noted exception, or leaves if `exit_kind` is set."""
+        """Gives up: delivers the noted exception, or leaves if `exit_kind` is set."""
         if self._abort is None:
             self._abort = self.label("abort")
         self.jump(self._abort)
@@ -256,8 +259,8 @@ class Handler(Guest):
 
     @contextmanager
     def through_stack(self, how: str = "always") -> Iterator[None]:
-        """Accesses inside go through SS ("always"), or do where the record's operand does ("operand"): an address that
-        is not canonical is then #SS (SDM vol. 1, 3.3.7.1).
+        """Accesses inside go through SS ("always"), or do where the record's operand does
+        ("operand"): an address that is not canonical is then #SS (SDM vol. 1, 3.3.7.1).
         """
         before, self._through = self._through, how
         yield

@@ -1,9 +1,10 @@
 """A value algebra that writes LLVM IR as text.
 
-Python runs once, when a piece of native code is generated; what it computes with are `Value`s, and each operation on one
-appends an instruction to the function being built. Integers are unsigned unless a method says otherwise (`sar`, `slt`,
-`sext`). Structured control flow is `with f.If(cond):`, `with f.Else():` and `with f.Loop() as loop:`; a mutable local is a
-`Var`. Everything here knows LLVM and nothing of x86.
+Python runs once, when a piece of native code is generated; what it computes with are `Value`s, and
+each operation on one appends an instruction to the function being built. Integers are unsigned
+unless a method says otherwise (`sar`, `slt`, `sext`). Structured control flow is `with
+f.If(cond):`, `with f.Else():` and `with f.Loop() as loop:`; a mutable local is a `Var`. Everything
+here knows LLVM and nothing of x86.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def int_type(bits: int) -> str:
 
 
 class Value:
-    """An SSA value or a constant: its text in the IR, its LLVM type, and the function it lives in."""
+    """An SSA value or a constant: its text in the IR, its LLVM type, its function."""
 
     __slots__ = ("constant", "f", "text", "type")
 
@@ -313,7 +314,8 @@ class Function:
         body = "\n".join(["entry:", *self._allocas, *self._lines])
         if not self._dead:
             body += "\n  ret void" if self.result == "void" else "\n  unreachable"
-        return f"define {self.convention} {self.result} @{self.name}({params}) nounwind {{\n{body}\n}}\n"
+        head = f"define {self.convention} {self.result} @{self.name}({params}) nounwind"
+        return f"{head} {{\n{body}\n}}\n"
 
     # Values
     def const(self, value: int, bits: int) -> Value:
@@ -384,7 +386,8 @@ class Function:
         end = self._else
         if end is None or self._lines[-1] != f"{end}:":
             raise SyntaxError("Else must follow its If directly")
-        # What was the end of the If becomes the start of this branch; the If's own end goes past it.
+        # What was the end of the If becomes the start of this branch; the If's own end goes past
+        # it.
         after = self.label("endelse")
         if self._lines[-2] == f"  br label %{end}":
             self._lines[-2] = f"  br label %{after}"

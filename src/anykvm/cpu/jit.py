@@ -1,8 +1,9 @@
 """From LLVM IR to callable code, with a cache of object files on disk.
 
-One `Jit` serves the whole process (LLVM's calls are serialised anyway, and engines must not be torn down in any order). Code comes
-in batches: a batch is one LLVM module, one object file, one file of the cache. A cache file's name tells what is in it, its content
-is checked against a digest, and it belongs to one engine version: the sources of this package, LLVM and the host processor. So a
+One `Jit` serves the whole process (LLVM's calls are serialised anyway, and engines must not be torn
+down in any order). Code comes in batches: a batch is one LLVM module, one object file, one file of
+the cache. A cache file's name tells what is in it, its content is checked against a digest, and it
+belongs to one engine version: the sources of this package, LLVM and the host processor. So a
 truncated or foreign file costs a compilation and nothing else, and processes can share a folder.
 """
 
@@ -83,7 +84,9 @@ class ObjectCache:
                 raise ValueError(f"expected the digest of its content, got {head[:64]!r}")
             return list(map(str, json.loads(line))), code
         except ValueError as problem:
-            log.warning("translation cache: %s is damaged (%s), translating anew", path.name, problem)
+            log.warning(
+                "translation cache: %s is damaged (%s), translating anew", path.name, problem
+            )
             path.unlink(missing_ok=True)
             return None
 
@@ -130,7 +133,9 @@ class Jit:
     def addresses(
         self, names: Iterable[str], make: Callable[[list[str]], Iterable[Function]]
     ) -> list[int]:
-        """Addresses of functions; `make` gives the IR of those that are neither loaded nor cached, as one batch."""
+        """Addresses of functions; `make` gives the IR of those that are neither loaded nor cached,
+        as one batch.
+        """
         with self.lock:
             names = list(names)
             for name in names:

@@ -1,7 +1,7 @@
 """The guest-physical map: which host page, if any, stands behind each guest page.
 
-Two levels, read by native code (see mmu.py). Entries of 32 bytes: host page | flags, bitmap of translated bytes, and where to
-note that the page was written.
+Two levels, read by native code (see mmu.py). Entries of 32 bytes: host page | flags, bitmap of
+translated bytes, and where to note that the page was written.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class PhysicalMap:
         return (entry & ~0xFFF) + (gpa & 0xFFF) if entry else None
 
     def set_code(self, host: int, bitmap: int) -> None:
-        """Stores to this host page must look at the bitmap of translated bytes (0: no code any more)."""
+        """Stores to this host page must look at the bitmap of translated bytes (0: no code any
+        more).
+        """
         for gpa in self.gpas(host):
             leaf, at = self._leaves[gpa >> 30], (gpa >> 12) % GIB_PAGES * 4
             leaf[at + 1] = bitmap

@@ -1,16 +1,20 @@
-"""Native memory management: page walk, soft-TLB, and the accesses that the inline TLB check does not cover.
+"""Native memory management: page walk, soft-TLB, and the accesses that the inline TLB check does
+not cover.
 
-Paging after SDM vol. 3, chapter 4: none, 32-bit, PAE and 4-level, with accessed and dirty bits, large pages, NX, SMEP and the
-reserved bits. The guest-physical map is two levels of tables: one pointer per GiB to an array of page entries of 32 bytes,
+Paging after SDM vol. 3, chapter 4: none, 32-bit, PAE and 4-level, with accessed and dirty bits,
+large pages, NX, SMEP and the reserved bits. The guest-physical map is two levels of tables: one
+pointer per GiB to an array of page entries of 32 bytes,
 
-    host address of the page | flags;  map of translated bytes;  byte of the dirty bitmap;  its bit mask
+    host address of the page | flags; map of translated bytes; byte of the dirty bitmap; its mask
 
-where an absent entry is MMIO. A TLB entry holds a tag for reads, one for writes and one for fetches, and what to add to a linear
-address to get the host's. A tag that must not match is that of a page which never looks into this entry.
+where an absent entry is MMIO. A TLB entry holds a tag for reads, one for writes and one for
+fetches, and what to add to a linear address to get the host's. A tag that must not match is that of
+a page which never looks into this entry.
 
-An access that is more than a host load or store goes through `State.bounce`: it crosses a page, or it is MMIO. MMIO is done by
-Python, so the instruction is abandoned, the access made, and the instruction executed again; `State.replay` remembers the accesses
-that are done, so each reaches the device once.
+An access that is more than a host load or store goes through `State.bounce`: it crosses a page, or
+it is MMIO. MMIO is done by Python, so the instruction is abandoned, the access made, and the
+instruction executed again; `State.replay` remembers the accesses that are done, so each reaches the
+device once.
 """
 
 from __future__ import annotations
@@ -78,13 +82,14 @@ def _page_fault(f: Routine, va: Value, error: Value) -> None:
 
 
 def _set_bits(f: Routine, entry: Value, bits: int, width: int) -> None:
+    align = width // 8
     f.line(
-        f"%{f.label('a')} = atomicrmw or ptr {entry.text}, i{width} {bits} seq_cst, align {width // 8}"
+        f"%{f.label('a')} = atomicrmw or ptr {entry.text}, i{width} {bits} seq_cst, align {align}"
     )
 
 
 def walk() -> Routine:
-    """walk(va, access): the page's physical address with OK bits, or 0 with the page fault noted."""
+    """walk(va, access): the page's physical address with OK bits; 0 with the fault noted."""
     f = Routine("walk", "i64", ("va", "i64"), ("access", "i64"))
     va, access = f["va"], f["access"]
     cr0, cr4, efer = f.get("cr0"), f.get("cr4"), f.get("efer")
@@ -210,7 +215,9 @@ def walk32() -> Routine:
 
 
 def tlb_fill() -> Routine:
-    """tlb_fill(tlb, va, access): walks and fills the TLB. Gives the physical page | OK, or 0 with the fault noted."""
+    """tlb_fill(tlb, va, access): walks and fills the TLB. Gives the physical page | OK, or 0 with
+    the fault noted.
+    """
     f = Routine("tlb_fill", "i64", ("tlb", PTR), ("va", "i64"), ("access", "i64"))
     va = f["va"]
     user = f["tlb"].eq_ptr(f.user_tlb()).select(f.const(U, 64), f.const(0, 64))
@@ -235,7 +242,8 @@ def tlb_fill() -> Routine:
             (found & OK_EXEC).ne(0).select(page, never), volatile=True, align=8
         )
         slot.offset(TLB_WRITE).store(plain.select(page, never), volatile=True, align=8)
-        # A page that began to hold code, or to be logged, meanwhile: whoever marked it may not have seen this entry.
+        # A page that began to hold code, or to be logged, meanwhile: whoever marked it may not have
+        # seen this entry.
         again = entry.load("i64", volatile=True, align=8)
         with f.If(again.ne(host)):
             slot.offset(TLB_WRITE).store(never, volatile=True, align=8)
@@ -251,7 +259,8 @@ def _never_tag(f: Routine, va: Value) -> Value:
 def flush_tlb() -> Routine:
     """flush_tlb(keep_global): forgets translations, and what the jump cache knows.
 
-    The entries filled since the last flush are listed; only these are touched, unless the list ran over.
+    The entries filled since the last flush are listed; only these are touched, unless the list ran
+    over.
     """
     f = Routine("flush_tlb", "void", ("keep_global", "i64"))
     f.add_to("count_flush", 1)
@@ -313,7 +322,9 @@ def _forget(f: Routine, entry: Value, index: Value) -> None:
 
 
 def flush_page() -> Routine:
-    """flush_page(va): INVLPG. Where large pages were seen, what may belong to the same one goes too."""
+    """flush_page(va): INVLPG. Where large pages were seen, what may belong to the same one goes
+    too.
+    """
     f = Routine("flush_page", "void", ("va", "i64"))
     f.add_to("jump_key", 1 << 32)
     index = (f.tlb_entry(f.supervisor_tlb(), f["va"]).to_int() - f.field("tlb").to_int()) >> 5
@@ -337,7 +348,9 @@ def flush_page() -> Routine:
 
 
 def protect_page() -> Routine:
-    """protect_page(host): no direct stores any more to the page at this host address (any thread may call)."""
+    """protect_page(host): no direct stores any more to the page at this host address (any thread
+    may call).
+    """
     f = Routine("protect_page", "void", ("host", "i64"))
     at = f.var(f.const(0, 64))
     with f.Loop() as loop:
@@ -354,7 +367,9 @@ def protect_page() -> Routine:
 
 
 def _parts(f: Routine) -> Iterator[tuple[Value, Value, Value]]:
-    """(address, length, offset in the bounce buffer) of the parts of an access that lie in one page each."""
+    """(address, length, offset in the bounce buffer) of the parts of an access that lie in one page
+    each.
+    """
     va, size = f["va"], f["size"]
     room = f.const(4096, 64) - (va & 4095)
     first = room.ult(size).select(room, size)
@@ -368,7 +383,9 @@ def _access(f: Routine) -> tuple[Value, ...]:
 
 
 def probe_read() -> Routine:
-    """probe_read: pointer to `size` readable bytes at `va`, or null: a fault is noted, or `exit_kind` set."""
+    """probe_read: pointer to `size` readable bytes at `va`, or null: a fault is noted, or
+    `exit_kind` set.
+    """
     f = Routine("probe_read", PTR, *ACCESS)
     va = f["va"]
     with f.If(((va & 4095) + f["size"]).ule(4096)):
@@ -386,7 +403,9 @@ def probe_read() -> Routine:
 
 
 def fetch() -> Routine:
-    """fetch: reads `size` bytes at `va` into the bounce buffer, whatever they are; false as `probe_read`'s null."""
+    """fetch: reads `size` bytes at `va` into the bounce buffer, whatever they are; false as
+    `probe_read`'s null.
+    """
     f = Routine("fetch", "i1", *ACCESS)
     for va, _, _ in _parts(f):
         found = f.call("@tlb_fill", "i64", f.cpu, f["tlb"], va, f.const(0, 64))
@@ -411,7 +430,9 @@ def fetch() -> Routine:
 
 
 def mmio() -> Routine:
-    """mmio(gpa, size, write, data): an access in pieces of at most 8 bytes; false if Python must make one first."""
+    """mmio(gpa, size, write, data): an access in pieces of at most 8 bytes; false if Python must
+    make one first.
+    """
     f = Routine(
         "mmio",
         "i1",
@@ -460,7 +481,9 @@ def mmio() -> Routine:
 
 
 def probe_write() -> Routine:
-    """probe_write: pointer to `size` writable bytes at `va`, the bounce buffer where `commit` must follow, or null."""
+    """probe_write: pointer to `size` writable bytes at `va`, the bounce buffer where `commit` must
+    follow, or null.
+    """
     f = Routine("probe_write", PTR, *ACCESS)
     bounced = f.var(f.const(0, 1), 1)
     direct = f.var(f.null())
@@ -484,7 +507,9 @@ def probe_write() -> Routine:
 
 
 def claim() -> Routine:
-    """claim(gpa, size): host address to store to; 1 for MMIO or ROM; 0 if translated code is in the way."""
+    """claim(gpa, size): host address to store to; 1 for MMIO or ROM; 0 if translated code is in the
+    way.
+    """
     f = Routine("claim", "i64", ("gpa", "i64"), ("size", "i64"))
     gpa = f["gpa"]
     entry = f.call("@page_entry", PTR, f.cpu, gpa)
@@ -521,7 +546,9 @@ def _translated(f: Routine, entry: Value) -> Value:
 
 
 def commit() -> Routine:
-    """commit: stores `size` bytes from the bounce buffer to `va`, which `probe_write` found writable."""
+    """commit: stores `size` bytes from the bounce buffer to `va`, which `probe_write` found
+    writable.
+    """
     f = Routine("commit", "i1", *ACCESS)
     for va, length, offset in _parts(f):
         with f.If(length.ne(0)):
@@ -548,7 +575,9 @@ def commit() -> Routine:
 
 
 def segment_slow() -> Routine:
-    """segment_slow(seg, ea, size, write): the checks on a segmented access that is not plain read-write data inside its limit."""
+    """segment_slow(seg, ea, size, write): the checks on a segmented access that is not plain
+    read-write data inside its limit.
+    """
     f = Routine(
         "segment_slow", "i1", ("seg", "i64"), ("ea", "i64"), ("size", "i64"), ("write", "i1")
     )
@@ -577,7 +606,9 @@ def segment_slow() -> Routine:
 
 
 def udiv128() -> Routine:
-    """udiv128(high, low, divisor): quotient of the 128-bit dividend, where it fits; the remainder in scratch[0]."""
+    """udiv128(high, low, divisor): quotient of the 128-bit dividend, where it fits; the remainder
+    in scratch[0].
+    """
     f = Routine("udiv128", "i64", ("high", "i64"), ("low", "i64"), ("divisor", "i64"))
     high, low, left = f.var(f["high"]), f.var(f["low"]), f.var(f.const(64, 64))
     with f.Loop() as loop:
@@ -595,6 +626,6 @@ def udiv128() -> Routine:
 
 
 ROUTINES = (
-    page_entry, walk, walk32, tlb_fill, flush_tlb, flush_page, protect_page, probe_read, fetch, mmio,
-    probe_write, claim, commit, segment_slow, udiv128,
+    page_entry, walk, walk32, tlb_fill, flush_tlb, flush_page, protect_page, probe_read, fetch,
+    mmio, probe_write, claim, commit, segment_slow, udiv128,
 )  # fmt: skip

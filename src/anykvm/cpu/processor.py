@@ -1,8 +1,9 @@
 """One vCPU: its state, its way in and out of native code, and the completion of what it left for.
 
-`run` returns with an `Exit` when the caller is needed; everything else (translation, microcode in Python, single steps) happens
-inside. RIP then still points at the instruction that left (past it for HLT); one of the `complete_` methods, or `advance`, steps
-over it. All methods but `request_exit` belong to the thread that runs the vCPU.
+`run` returns with an `Exit` when the caller is needed; everything else (translation, microcode in
+Python, single steps) happens inside. RIP then still points at the instruction that left (past it
+for HLT); one of the `complete_` methods, or `advance`, steps over it. All methods but
+`request_exit` belong to the thread that runs the vCPU.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ class Cpu:
         return bool(s.shadow and s.rip == s.shadow_rip and s.insn_count == s.shadow_count)
 
     def mode_changed(self) -> None:
-        """Recomputes what translations depend on, after control registers, segments or flags were written."""
+        """Recomputes what translations depend on, after control registers, segments or flags were
+        written.
+        """
         s = self.state
         mode = Mode(0)
         cs = s.seg[Seg.CS].attr
@@ -146,7 +149,9 @@ class Cpu:
 
     # Requests
     def request_exit(self) -> None:
-        """Any thread: `run` returns REQUEST soon. Not lost if the vCPU is not running; then the next `run` returns at once."""
+        """Any thread: `run` returns REQUEST soon. Not lost if the vCPU is not running; then the
+        next `run` returns at once.
+        """
         self._requested = True
         self.state.exit_request = 1
 
@@ -406,7 +411,9 @@ class Cpu:
 
     # Completion
     def advance(self, length: int | None = None) -> None:
-        """Steps over the instruction that left, which is `length` bytes long if the caller knows better."""
+        """Steps over the instruction that left, which is `length` bytes long if the caller knows
+        better.
+        """
         s = self.state
         if self.on_advance:
             done, self.on_advance = self.on_advance, None
@@ -448,7 +455,9 @@ class Cpu:
         return (s.gpr[RAX] & ((1 << 8 * s.io_size) - 1)).to_bytes(s.io_size, "little")
 
     def complete_mmio_read(self, data: bytes) -> None:
-        """Data of the pending MMIO read: `mmio_size` bytes. The instruction is executed again and takes them."""
+        """Data of the pending MMIO read: `mmio_size` bytes. The instruction is executed again and
+        takes them.
+        """
         self._replayed(int.from_bytes(data, "little"))
 
     def complete_mmio_write(self) -> None:

@@ -61,7 +61,9 @@ def unpack(raw: int) -> Descriptor:
 
 
 def address_of(cpu: Cpu, selector: int, *, vector: int = GP) -> int:
-    """Linear address of a selector's descriptor; outside the table is #GP (or `vector`) with the selector."""
+    """Linear address of a selector's descriptor; outside the table is #GP (or `vector`) with the
+    selector.
+    """
     s = cpu.state
     base, limit = s.gdt_base, s.gdt_limit
     if selector & 4:
@@ -115,7 +117,9 @@ def set_null(cpu: Cpu, seg: int, selector: int, dpl: int = 0) -> None:
 
 
 def load_real(cpu: Cpu, seg: int, selector: int) -> None:
-    """Real mode and virtual-8086 mode: the base is the selector times 16; limit and rights stay, but for VM86."""
+    """Real mode and virtual-8086 mode: the base is the selector times 16; limit and rights stay,
+    but for VM86.
+    """
     r = cpu.state.seg[seg]
     r.selector, r.base = selector, selector << 4
     if cpu.rflags & Flag.VM:

@@ -1,8 +1,9 @@
 """What one vCPU is made of, laid out once for Python, for native code and for save and restore.
 
-`State` is a ctypes structure; native code reaches its fields by the offsets that ctypes assigns (`offset_of`). Registers that
-an instruction's operand may name stand first, so that a record can hold their offset in 16 bits, and general registers first
-of all, so that one byte is enough for a base or an index.
+`State` is a ctypes structure; native code reaches its fields by the offsets that ctypes assigns
+(`offset_of`). Registers that an instruction's operand may name stand first, so that a record can
+hold their offset in 16 bits, and general registers first of all, so that one byte is enough for a
+base or an index.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ REPLAY = 16  # MMIO accesses that one instruction can make
 
 
 class Seg(IntEnum):
-    """Index of a segment register in `State.seg`: the order of the instruction encoding, then LDTR and TR."""
+    """Index of a segment register in `State.seg`: the order of the instruction encoding, then LDTR
+    and TR.
+    """
 
     ES, CS, SS, DS, FS, GS, LDTR, TR = range(8)
 
 
 class Exit(IntEnum):
-    """Why native code returned to Python, and `Cpu.run` to its caller (the latter from REQUEST on)."""
+    """Why native code returned to Python and, from REQUEST on, `Cpu.run` to its caller."""
 
     NONE = 0
     TRANSLATE = 1  # no translation of the code at rip
@@ -88,7 +91,9 @@ class Mode(IntFlag):
 
 
 class Segment(ctypes.Structure):
-    """A segment register; `attr` as in VMX's access rights: type 0-3, S 4, DPL 5-6, P 7, L 13, D/B 14, G 15, null 16."""
+    """A segment register; `attr` as in VMX's access rights: type 0-3, S 4, DPL 5-6, P 7, L 13, D/B
+    14, G 15, null 16.
+    """
 
     base: int
     limit: int
@@ -108,7 +113,9 @@ class Replay(ctypes.Structure):
 
 
 class State(ctypes.Structure):
-    """Everything that native code and Python share about one vCPU. Sizes in bytes, addresses as integers."""
+    """Everything that native code and Python share about one vCPU. Sizes in bytes, addresses as
+    integers.
+    """
 
     _fields_ = [
         ("gpr", u64 * 16),
@@ -130,11 +137,12 @@ class State(ctypes.Structure):
         ("fpu_op", u16),
         ("fpu_ip", u64),
         ("fpu_dp", u64),
-        ("fpu_cs", u16),
-        ("fpu_ds", u16),
         ("mxcsr", u32),
         ("host_mxcsr", u32),
-        ("fpu_top", u64),  # TOP of fpu_sw while native code runs: x87 code needs it before the flags
+        (
+            "fpu_top",
+            u64,
+        ),  # TOP of fpu_sw while native code runs: x87 code needs it before the flags
         ("fpu_pc", u64),  # record that fpu_ip and fpu_op are to be taken from, or 0
         ("x87_image", u8 * 112),  # FRSTOR's image, for instructions that the host executes whole
         ("x87_operand", u8 * 16),  # the memory operand of an x87 instruction
@@ -254,8 +262,6 @@ class State(ctypes.Structure):
     fpu_op: int
     fpu_ip: int
     fpu_dp: int
-    fpu_cs: int
-    fpu_ds: int
     mxcsr: int
     sse_unmasked: int
     gdt_base: int

@@ -47,7 +47,7 @@ class Template:
         self.relative = ""  # where a RIP-relative address goes: "disp" or "aux"
 
     def place(self, value: int, count: int) -> tuple[int, bytes, int]:
-        """Handler, fields and aux; `value` is the RIP-relative address, `count` the instructions."""
+        """Handler, fields and aux for a RIP-relative address and a count of instructions."""
         fields, aux = self.fields, self.aux
         if self.counted:
             fields = fields[:FIELD_B] + count.to_bytes(2, "little") + fields[FIELD_B + 2 :]

@@ -1,13 +1,14 @@
 """Blocks: from guest code to records of threaded code.
 
-A unit is a run of instructions that was translated together: from where control arrived, past conditional branches that may fall
-through, to an instruction that ends it or to the end of the page. Its beginning, and each place behind a conditional branch, is a
-head: an entry of the block table. A branch inside the page goes to a head once one is there; until then it goes to a `missing`
-record of its own, which returns to Python, where the link is made. What leads out of the page goes through a look-up, for there the
-mapping may have changed.
+A unit is a run of instructions that was translated together: from where control arrived, past
+conditional branches that may fall through, to an instruction that ends it or to the end of the
+page. Its beginning, and each place behind a conditional branch, is a head: an entry of the block
+table. A branch inside the page goes to a head once one is there; until then it goes to a `missing`
+record of its own, which returns to Python, where the link is made. What leads out of the page goes
+through a look-up, for there the mapping may have changed.
 
-A page that holds translated code knows which of its bytes were translated. A store to one of those drops the units over it: their
-heads become `dropped` records, which look again.
+A page that holds translated code knows which of its bytes were translated. A store to one of those
+drops the units over it: their heads become `dropped` records, which look again.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ assert insn.__all__  # imported for the rows that it declares
 
 
 class Unit(NamedTuple):
-    """What was translated together: byte range in the page and heads (RIP, host page, mode, record)."""
+    """What was translated together: byte range in the page and heads (RIP, host page, mode,
+    record).
+    """
 
     start: int
     end: int
@@ -92,7 +95,8 @@ class Translator:
             ctypes.addressof(ctypes.c_char.from_buffer(m))
             for m in (self._records, self._rips, self._table)
         )
-        # Native code reads words while they are written: `struct` writes byte by byte, this does not.
+        # Native code reads words while they are written: `struct` writes byte by byte, this does
+        # not.
         self._record_words = memoryview(self._records).cast("Q")
         self._table_words = memoryview(self._table).cast("Q")
         self.blocks: dict[tuple[int, int, int], int] = {}
@@ -143,7 +147,9 @@ class Translator:
         self._record_words[(record - self.records) // 8 + 3] = aux
 
     def _publish(self, rip: int, host: int, mode: int, record: int, second: int) -> None:
-        """Enters a block. Readers take no lock: an entry matches nothing until its mode is written, last."""
+        """Enters a block. Readers take no lock: an entry matches nothing until its mode is written,
+        last.
+        """
         mask = MAX_BLOCKS - 1
         if self._used * 2 > MAX_BLOCKS:
             raise CodeFull
@@ -173,7 +179,8 @@ class Translator:
     def translate(
         self, rip: int, mode: int, base: int, host: int, second: Callable[[], int | None]
     ) -> int | None:
-        """Translates at `rip` (linear address `base` further on), whose page stands at `host`; `second` gives the next page if an instruction needs it.
+        """Translates at `rip` (linear address `base` further on), whose page stands at `host`;
+        `second` gives the next page if an instruction needs it.
 
         Returns the record, or None where the second page could not be fetched (the fault is noted).
         """
@@ -239,7 +246,7 @@ class Translator:
 
 
 def special(name: str, mode: Mode, mmx: bool = False) -> str | None:
-    """What stands for an instruction, with MMX operands or without, that the mode does not allow."""
+    """What stands for an instruction, with MMX operands or without, that the mode forbids."""
     row = ROWS.get(name)
     feature, _, with_mmx = row.feature.partition("/") if row else ("", "", "")
     if mmx and with_mmx:

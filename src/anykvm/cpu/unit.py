@@ -1,4 +1,4 @@
-"""One unit of translation under construction: instructions are collected, then written as records."""
+"""A unit of translation: its instructions are collected, then written as records."""
 
 from __future__ import annotations
 

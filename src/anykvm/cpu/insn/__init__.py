@@ -1,4 +1,7 @@
-"""What instructions mean: one short function each, over the value algebra. Importing this fills `forms.ROWS`."""
+"""What instructions mean: one short function each, over the value algebra.
+
+Importing this fills `forms.ROWS`.
+"""
 
 from anykvm.cpu.insn import (
     bits,

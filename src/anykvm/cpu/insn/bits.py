@@ -17,7 +17,9 @@ def bit_change(i: Insn, name: str) -> None:
 
 
 def _bit_test(i: Insn, name: str | None) -> None:
-    """A register as bit offset reaches beyond a memory operand: it is a signed index into a bit string."""
+    """A register as bit offset reaches beyond a memory operand: it is a signed index into a bit
+    string.
+    """
     h, n = i.h, i.bits
     dst, src = i.ops
     index = src.read()

@@ -1,7 +1,9 @@
-"""Jumps, calls and returns within a segment (SDM vol. 1, 6.4 and 7.3.8), and what ends a block without being an instruction.
+"""Jumps, calls and returns within a segment (SDM vol. 1, 6.4 and 7.3.8), and what ends a block
+without being an instruction.
 
-The record's aux field holds the record to go to once the translator linked it. Jumps that may close a loop (backward or
-indirect) look at `exit_request`; so a vCPU that must leave does within one turn of any loop.
+The record's aux field holds the record to go to once the translator linked it. Jumps that may close
+a loop (backward or indirect) look at `exit_request`; so a vCPU that must leave does within one turn
+of any loop.
 """
 
 from __future__ import annotations
@@ -140,7 +142,9 @@ def link(i: Insn) -> None:
 
 @row("missing", writes=(), ends=True)
 def missing(i: Insn) -> None:
-    """The target of a link that was never followed: aux is the linking record, this record's RIP the target."""
+    """The target of a link that was never followed: aux is the linking record, this record's RIP
+    the target.
+    """
     h = i.h
     h.set("link_from", h.aux())
     h.set("rip", h.rip())

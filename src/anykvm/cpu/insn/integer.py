@@ -147,7 +147,9 @@ def xadd(i: Insn) -> None:
 
 @row("cmpxchg", lock=True)
 def cmpxchg(i: Insn) -> None:
-    """Memory is written in either case, so a read-only page faults; a register only where they are equal."""
+    """Memory is written in either case, so a read-only page faults; a register only where they are
+    equal.
+    """
     expected = read_gpr(i, RAX, i.bits)
     dst, new = i.ops[0], i.ops[1].read()
     if dst.is_memory:
@@ -262,7 +264,8 @@ def div(i: Insn) -> None:
     n = i.bits
     divisor = i.ops[0].read()
     dividend = _dividend(i, n)
-    # The quotient fits exactly if the high half is below the divisor; that also tells a divisor of zero.
+    # The quotient fits exactly if the high half is below the divisor; that also tells a divisor of
+    # zero.
     i.h.raise_if((dividend >> n).trunc(n).uge(divisor), DE)
     quotient, remainder = _divide(i, dividend, divisor)
     _write_quotient(i, quotient.trunc(n), remainder.trunc(n))
@@ -281,9 +284,7 @@ def idiv(i: Insn) -> None:
     negative = minus ^ other
     limit = negative.select(h.const(1 << (n - 1), n), h.const((1 << (n - 1)) - 1, n))
     h.raise_if(quotient.ugt(limit), DE)
-    _write_quotient(
-        i, negative.select(-quotient, quotient), minus.select(-remainder, remainder)
-    )
+    _write_quotient(i, negative.select(-quotient, quotient), minus.select(-remainder, remainder))
 
 
 @row("cbw", "cwde", "cdqe")
@@ -314,7 +315,9 @@ def setcc(i: Insn, name: str) -> None:
 
 @row(*(f"cmov{c}" for c in CONDITIONS))
 def cmovcc(i: Insn, name: str) -> None:
-    """The source is read, and faults, whatever the condition; a 32-bit destination is always zero-extended."""
+    """The source is read, and faults, whatever the condition; a 32-bit destination is always
+    zero-extended.
+    """
     dst, src = i.ops
     value = src.read()
     dst.write(i.h.flags.condition(CONDITIONS.index(name[4:])).select(value, dst.read()))

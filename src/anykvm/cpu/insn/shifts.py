@@ -30,7 +30,8 @@ def shift(i: Insn, name: str) -> None:
     amount = count.zext(wide)
     x = a.sext(wide) if name == "sar" else a.zext(wide)
     if name in ("shl", "sal"):
-        # Counts stay below 32 for operands narrower than 64 bits, so 64 bits hold the last bit shifted out.
+        # Counts stay below 32 for operands narrower than 64 bits, so 64 bits hold the last bit
+        # shifted out.
         moved = x << amount
         result = moved.trunc(n)
         cf = (x << (amount - 1)).bit(n - 1)
@@ -89,7 +90,9 @@ def rotate_through_carry(i: Insn, name: str) -> None:
 
 @row("shld", "shrd")
 def shift_double(i: Insn, name: str) -> None:
-    """Counts beyond a 16-bit operand's width give an undefined result; here the double word shifts on."""
+    """Counts beyond a 16-bit operand's width give an undefined result; here the double word shifts
+    on.
+    """
     h, n = i.h, i.bits
     count = _count(i)
     a, b = i.ops[0].read(), i.ops[1].read()

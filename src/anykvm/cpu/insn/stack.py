@@ -1,4 +1,6 @@
-"""The stack (SDM vol. 1, 6.2 and 7.3.1.4). RSP changes only after every access of the instruction succeeded."""
+"""The stack (SDM vol. 1, 6.2 and 7.3.1.4). RSP changes only after every access of the instruction
+succeeded.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def popf(i: Insn) -> None:
 
 
 def write_flags_by_privilege(i: Insn, image: Value, bits: int) -> None:
-    """RFLAGS from `image` as POPF may change it: IOPL at CPL 0 only, IF where CPL <= IOPL; VM, RF, VIF, VIP not."""
+    """RFLAGS from `image` as POPF may change it: IOPL at CPL 0 only, IF where CPL <= IOPL; VM, RF,
+    VIF, VIP not.
+    """
     h = i.h
     old = h.get("flags")
     cpl = h.cpl()
@@ -80,7 +84,9 @@ def write_flags_by_privilege(i: Insn, image: Value, bits: int) -> None:
 
 
 def set_step_mode(i: Insn, image: Value) -> None:
-    """TF selects one-instruction blocks; the bit in `mode` stays set until Python sees that nothing needs it."""
+    """TF selects one-instruction blocks; the bit in `mode` stays set until Python sees that nothing
+    needs it.
+    """
     step = (image >> 8) & 1
     i.h.set("mode", i.h.get("mode") | (step << 7))
 
@@ -138,7 +144,9 @@ def _push_at(i: Insn, depth: Var, value: Value) -> None:
 
 @row("pusha", writes=())
 def pusha(i: Insn) -> None:
-    """AX, CX, DX, BX, the SP from before, BP, SI, DI; stored from the far end so that a fault comes first."""
+    """AX, CX, DX, BX, the SP from before, BP, SI, DI; stored from the far end so that a fault comes
+    first.
+    """
     h, n = i.h, _size(i)
     size = n // 8
     for number in reversed(range(8)):
@@ -158,7 +166,9 @@ def popa(i: Insn) -> None:
 
 @row("cli", "sti")
 def interrupt_flag(i: Insn, name: str) -> None:
-    """STI holds interrupts off for one more instruction: the translator puts a `poll` behind that one."""
+    """STI holds interrupts off for one more instruction: the translator puts a `poll` behind that
+    one.
+    """
     h = i.h
     h.raise_if(h.cpl().ugt((h.get("flags") >> 12) & 3), GP, 0)
     flags = h.get("flags")

@@ -1,5 +1,6 @@
-"""String instructions (SDM vol. 1, 7.3.9). Under REP each turn is complete by itself: a fault or a kick in the middle leaves the
-registers such that the instruction goes on where it stopped."""
+"""String instructions (SDM vol. 1, 7.3.9). Under REP each turn is complete by itself: a fault or a
+kick in the middle leaves the registers such that the instruction goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ POLL_EVERY = 1024  # turns
 
 
 class Strings:
-    """The pieces of one string instruction: `i.bits` wide elements, pointers as wide as addresses are."""
+    """The pieces of one string instruction: `i.bits` wide elements, pointers as wide as addresses
+    are.
+    """
 
     def __init__(self, i: Insn) -> None:
         self.i, self.h = i, i.h
@@ -47,7 +50,9 @@ class Strings:
             write_gpr(self.i, number, moved)
 
     def cut_registers(self, *numbers: int) -> None:
-        """With 32-bit addresses in 64-bit mode a count of 0 still clears the upper halves, as processors do."""
+        """With 32-bit addresses in 64-bit mode a count of 0 still clears the upper halves, as
+        processors do.
+        """
         if self.address_bits != 32 or self.legacy:
             return
         with self.h.If(read_gpr(self.i, RCX, 32).eq(0)):
@@ -67,7 +72,9 @@ def repeat(
     bulk: Callable[[Strings, LoopScope], None] | None = None,
     moving: tuple[int, ...] = (),
 ) -> None:
-    """Runs `body` once, or under REP until the count is 0. `moving` pointers lose their upper halves where a count is 0."""
+    """Runs `body` once, or under REP until the count is 0. `moving` pointers lose their upper
+    halves where a count is 0.
+    """
     s = Strings(i)
     h = i.h
     if not i.attrs & {"rep", "repne"}:
@@ -138,9 +145,7 @@ def _bulk_length(s: Strings, addresses: list[Value]) -> Value:
 def _advance(s: Strings, elements: Value, *numbers: int) -> None:
     bits = s.address_bits
     for number in numbers:
-        write_gpr(
-            s.i, number, read_gpr(s.i, number, bits) + (elements * s.size).trunc(bits)
-        )
+        write_gpr(s.i, number, read_gpr(s.i, number, bits) + (elements * s.size).trunc(bits))
     write_gpr(s.i, RCX, read_gpr(s.i, RCX, bits) - elements.trunc(bits))
 
 
@@ -149,7 +154,9 @@ def _forward(s: Strings) -> Value:
 
 
 def _move_bulk(s: Strings, loop: LoopScope) -> None:
-    """As much as both pages hold at once, where both are in the TLB and the copy does not feed on itself."""
+    """As much as both pages hold at once, where both are in the TLB and the copy does not feed on
+    itself.
+    """
     h = s.h
     with h.If(_forward(s)):
         source, target = s.source(), s.destination(write=True)

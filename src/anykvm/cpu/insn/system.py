@@ -1,7 +1,8 @@
 """System instructions (SDM vol. 2 and vol. 3, chapters 2 to 6).
 
-What the running kernel does thousands of times a second is native here. An instruction whose general case is in Python
-(`assist.py`) may still have its usual case here; it leaves with `Exit.ASSIST` before it changed anything.
+What the running kernel does thousands of times a second is native here. An instruction whose
+general case is in Python (`assist.py`) may still have its usual case here; it leaves with
+`Exit.ASSIST` before it changed anything.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from anykvm.cpu import fpu_image
 from anykvm.cpu.forms import Insn, Memory, StackRegister, row
-from anykvm.cpu.fpu_image import EMPTY_TAGS, MASKS, SW_EXCEPTION, SW_TOP
+from anykvm.cpu.fpu_image import MASKS, SW_EXCEPTION, SW_TOP
 from anykvm.cpu.guest import MF
 from anykvm.cpu.ir import Value
 
@@ -262,6 +262,7 @@ def whole(i: Insn, op: Operation, memory: Memory | None) -> None:
     out = fpu_image.assembly(
         h, "; ".join(lines), "i32", "={eax},{eax},r,r", flags_in, image, h.field("x87_operand")
     )
+    fpu_image.load_control(h)
     if memory and memory.writes:
         sw = image.offset(fpu_image.I_SW).load("i16")
         with h.If((sw & ~h.get("fpu_cw") & (MASKS & ~PRECISION)).eq(0)):
@@ -269,6 +270,3 @@ def whole(i: Insn, op: Operation, memory: Memory | None) -> None:
     h.call_runtime("x87_unpack")
     if op.gives_flags:
         _flags_from_lahf(i, out)
-
-
-assert EMPTY_TAGS == 0x5555

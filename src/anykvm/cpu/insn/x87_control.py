@@ -148,6 +148,7 @@ def store_environment(i: Insn, name: str) -> None:
 
 def _load_pointers(i: Insn, image: Value, wide: bool) -> None:
     h = i.h
+    fpu_image.resolve_pointers(h)
     kind, step = ("i32", 4) if wide else ("i16", 2)
     ip, cs_op, dp, ds = (
         image.offset(at // 4 * step).load(kind).zext(64) for at in (I_IP, I_CS_OP, I_DP, I_DS)

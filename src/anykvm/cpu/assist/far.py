@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from anykvm.cpu import events, segments
-from anykvm.cpu.assist import MASK64, Assist, microcode
+from anykvm.cpu.assist.core import MASK64, Assist, microcode
+from anykvm.cpu.assist.system import mov_special
 from anykvm.cpu.decode import SEGMENT
 from anykvm.cpu.faults import GuestFault
-from anykvm.cpu.guest import GP, NP, SS, TS, UD
+from anykvm.cpu.guest import GP, NP, TS, UD
 from anykvm.cpu.segments import Descriptor
 from anykvm.cpu.state import STATUS_FLAGS, Flag, Mode, Seg
 
@@ -86,7 +87,9 @@ def _gate(a: Assist, selector: int) -> tuple[int, int, int] | None:
 
 @microcode("jmp", "call")
 def far_transfer(a: Assist) -> None:
-    """JMP and CALL to another segment; between privilege levels through a call gate. Task switches raise #GP."""
+    """JMP and CALL to another segment; between privilege levels through a call gate. Task switches
+    raise #GP.
+    """
     selector, offset, size = _far_pointer(a)
     call = a.name == "call"
     assert a.next_rip is not None
@@ -136,7 +139,9 @@ def _through_gate(a: Assist, selector: int, offset: int, size: int, *, call: boo
 
 
 def _inner_stack(a: Assist, new: int, size: int) -> None:
-    """The stack of privilege level `new`, with the old one's SS:RSP on it. Gates with parameters copy none in IA-32e mode."""
+    """The stack of privilege level `new`, with the old one's SS:RSP on it. Gates with parameters
+    copy none in IA-32e mode.
+    """
     cpu, s = a.cpu, a.s
     old_ss, old_sp = s.seg[Seg.SS].selector, s.gpr[4]
     if size == 8:
@@ -146,7 +151,7 @@ def _inner_stack(a: Assist, new: int, size: int) -> None:
         s.gpr[4] = cpu.read_int(tr.base + 4 + 8 * new, 8, supervisor=True)
         segments.set_null(cpu, Seg.SS, new, new)
     else:
-        events._switch_stack(cpu, new, 0)
+        events.switch_stack(cpu, new, 0)
     a.push(old_ss, size)
     a.push(old_sp, size)
 
@@ -229,7 +234,7 @@ def interrupt_return(a: Assist) -> None:
     if a.code64 or selector & 3 > cpl:
         rsp, ss = a.peek(3 * size, size), a.peek(4 * size, size) & 0xFFFF
         _check_rip(a, selector, rip)
-        _return_outward_or_same(a, selector, ss, cpl)
+        _return_outward(a, selector, ss)  # in 64-bit mode SS:RSP are popped whatever the level
         a.set_sp(rsp)
     else:
         found = _return_code(a, selector)
@@ -243,11 +248,6 @@ def _check_rip(a: Assist, selector: int, rip: int) -> None:
     found = _return_code(a, selector)
     if found.attr & segments.LONG and rip >> 47 not in (0, (1 << 17) - 1):
         raise GuestFault(GP, 0)
-
-
-def _return_outward_or_same(a: Assist, selector: int, ss: int, cpl: int) -> None:
-    """IRET in 64-bit mode pops SS:RSP whatever the privilege level."""
-    _return_outward(a, selector, ss)
 
 
 def _write_flags(a: Assist, image: int, size: int, *, cpl: int) -> None:
@@ -280,8 +280,6 @@ def _return_to_vm86(a: Assist, rip: int, selector: int, flags: int) -> None:
 @microcode("mov")
 def mov_segment(a: Assist) -> None:
     """MOV to a segment register, control register or debug register (see assist_system)."""
-    from anykvm.cpu.assist_system import mov_special
-
     if a.is_reg(0) and a.i.op_register(0) in SEGMENT:
         _load(a, SEGMENT[a.i.op_register(0)], a.value(1, 2) & 0xFFFF)
     else:
@@ -363,6 +361,3 @@ def _sysexit(a: Assist) -> None:
     segments.set_segment(cpu, Seg.SS, base + 8, _flat(0xC0F3))
     s.gpr[4] = rsp & MASK64 if wide else rsp & 0xFFFF_FFFF
     _go(a, rip, 8 if wide else 4)
-
-
-assert SS == 12

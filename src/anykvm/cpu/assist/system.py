@@ -1,9 +1,13 @@
-"""Control registers, descriptor-table registers and other system instructions in Python (SDM vol. 3, chapters 2 to 5)."""
+"""Control registers, descriptor-table registers and other system instructions in Python (SDM vol.
+3, chapters 2 to 5).
+"""
 
 from __future__ import annotations
 
+import ctypes
+
 from anykvm.cpu import segments
-from anykvm.cpu.assist import CR4_UMIP, MASK64, Assist, microcode, register_name
+from anykvm.cpu.assist.core import CR4_UMIP, MASK64, Assist, microcode, register_name
 from anykvm.cpu.faults import GuestFault, Leave
 from anykvm.cpu.guest import DB, GP, NP, UD
 from anykvm.cpu.mmu import PHYSICAL_BITS
@@ -90,8 +94,6 @@ def load_pdptes(a: Assist, cr3: int) -> None:
     for n in range(4):
         if host is None:
             raise GuestFault(GP, 0)
-        import ctypes
-
         entry = int.from_bytes(ctypes.string_at(host + 8 * n, 8), "little")
         if entry & 1 and entry & (0x1E6 | (MASK64 >> PHYSICAL_BITS << PHYSICAL_BITS)):
             raise GuestFault(GP, 0)

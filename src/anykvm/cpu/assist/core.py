@@ -1,20 +1,12 @@
-"""Microcode in Python: instructions that run rarely, and the unusual cases of some that run often (SDM vol. 2).
-
-The translator gives an instruction without a handler an `assist` record. It comes here with RIP at the instruction; a function here
-changes the state and says where to go on by setting RIP, or leaves it to be advanced. Raising GuestFault delivers an exception with
-nothing changed that the manual does not want changed; raising Leave hands the instruction to the caller of `Cpu.run`.
-"""
+"""The frame in which Python executes one instruction: operands, memory, the stack, privilege."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from iced_x86 import (
-    Decoder,
-    Formatter,
-    FormatterSyntax,
     Instruction,
     MemorySizeExt,
     OpKind,
@@ -32,9 +24,9 @@ from anykvm.cpu.decode import (
     TABLE,
     WIDTH,
 )
-from anykvm.cpu.faults import GuestFault, Leave
+from anykvm.cpu.faults import GuestFault
 from anykvm.cpu.guest import GP, SS, UD
-from anykvm.cpu.state import Exit, Flag, Mode, Seg
+from anykvm.cpu.state import Flag, Mode, Seg
 
 if TYPE_CHECKING:
     from anykvm.cpu.processor import Cpu
@@ -184,57 +176,5 @@ def microcode(*names: str) -> Callable[[Microcode], Microcode]:
     return declare
 
 
-_formatter = Formatter(FormatterSyntax.NASM)
-
-
-def fetch(cpu: Cpu) -> bytes:
-    """Up to 15 bytes of code at RIP."""
-    s = cpu.state
-    linear = s.rip
-    if not s.mode & Mode.CODE64:
-        linear = (s.rip + s.seg[Seg.CS].base) & 0xFFFF_FFFF
-    host = cpu.fetch_page(linear)
-    if host is None:
-        raise cpu.noted_fault()
-    room = 4096 - (linear & 0xFFF)
-    data = ctypes.string_at(host + (linear & 0xFFF), min(15, room))
-    if room < 15 and (second := cpu.fetch_page(linear + room)) is not None:
-        data += ctypes.string_at(second, 15 - room)
-    return data
-
-
-def execute(cpu: Cpu) -> None:
-    """Executes the instruction at RIP."""
-    s = cpu.state
-    data = fetch(cpu)
-    bits = 64 if s.mode & Mode.CODE64 else 32 if s.mode & Mode.CODE32 else 16
-    i = Decoder(bits, data, ip=s.rip).decode()
-    s.replay_next = 0
-    a = Assist(cpu, i)
-    body = ASSISTS.get(a.name)
-    if body is None:
-        refuse(cpu, data, i)
-    body(a)
-    if a.next_rip is not None:
-        s.rip = a.next_rip
-    s.insn_count += 1
-    s.replay_count = 0
-
-
-def refuse(cpu: Cpu, data: bytes, i: Instruction) -> NoReturn:
-    """No code for this instruction: ends the run with its bytes and its name."""
-    s = cpu.state
-    ctypes.memmove(s.insn_bytes, data.ljust(16, b"\0"), 16)
-    s.insn_len = i.len
-    cpu.emulation_text = f"{_formatter.format(i)} ({data[: i.len].hex(' ')}) is not implemented"
-    raise Leave(Exit.EMULATION)
-
-
 def register_name(i: Instruction, n: int) -> str:
     return REGISTERS[i.op_register(n)]
-
-
-# The families register themselves.
-from anykvm.cpu import assist_far, assist_io, assist_system  # noqa: E402
-
-FAMILIES = (assist_far, assist_io, assist_system)

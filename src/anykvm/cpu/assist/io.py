@@ -1,14 +1,22 @@
-"""Port I/O where the permission bitmap decides, and the string forms INS and OUTS (SDM vol. 1, chapter 19)."""
+"""Port I/O where the permission bitmap decides, and the string forms INS and OUTS (SDM vol. 1,
+chapter 19).
+"""
 
 from __future__ import annotations
 
-from anykvm.cpu.assist import Assist, microcode
-from anykvm.cpu.decode import SEGMENT
+from typing import TYPE_CHECKING
+
+from anykvm.cpu.assist.core import Assist, microcode, register_name
+from anykvm.cpu.decode import SEGMENT, STRING_16, STRING_32
 from anykvm.cpu.faults import GuestFault, Leave
-from anykvm.cpu.guest import GP
+from anykvm.cpu.guest import GP, PF
 from anykvm.cpu.state import Exit, Flag, Seg
 
+if TYPE_CHECKING:
+    from anykvm.cpu.processor import Cpu
+
 RDX, RCX, RSI, RDI = 2, 1, 6, 7
+WRITE = 2  # in a page fault's error code
 CHUNK = 1024  # bytes of one string exit at most; kvm_run has a page for them
 
 
@@ -33,35 +41,26 @@ def port(a: Assist) -> None:
     """The access was found to need the bitmap's permission; with it, it leaves as every other."""
     data, where = (0, 1) if a.name == "in" else (1, 0)
     number = a.value(where) & 0xFFFF
-    size = {"AL": 1, "AX": 2}.get(_register(a, data), 4)
+    size = {"AL": 1, "AX": 2}.get(register_name(a.i, data), 4)
     check_port(a, number, size)
     s = a.s
     s.io_port, s.io_size, s.io_in, s.io_count = number, size, int(a.name == "in"), 1
     raise Leave(Exit.IO)
 
 
-def _register(a: Assist, n: int) -> str:
-    from anykvm.cpu.assist import register_name
-
-    return register_name(a.i, n)
-
-
 def _mask(a: Assist) -> int:
     """How much of RSI, RDI and RCX the address size uses."""
-    for n in range(a.i.op_count):
-        name = a.i.op_kind(n)
-        from anykvm.cpu.decode import STRING_16, STRING_32
-
-        if name in STRING_16:
-            return 0xFFFF
-        if name in STRING_32:
-            return 0xFFFF_FFFF
-    return 2**64 - 1
+    kinds = {a.i.op_kind(n) for n in range(a.i.op_count)}
+    if kinds & set(STRING_16):
+        return 0xFFFF
+    return 0xFFFF_FFFF if kinds & set(STRING_32) else 2**64 - 1
 
 
 @microcode("insb", "insw", "insd", "outsb", "outsw", "outsd")
 def port_string(a: Assist) -> None:
-    """As many elements at once as lie in a page and in a chunk; with REP the instruction is executed again for the rest."""
+    """As many elements at once as lie in a page and in a chunk; with REP the instruction is
+    executed again for the rest.
+    """
     s, cpu = a.s, a.cpu
     size = {"b": 1, "w": 2, "d": 4}[a.name[-1]]
     number, mask = s.gpr[RDX] & 0xFFFF, _mask(a)
@@ -92,7 +91,7 @@ def port_string(a: Assist) -> None:
         s.insn_count += 1
 
     if incoming:
-        cpu.write(linear, cpu.read(linear, size * count))  # a fault comes before the port is read
+        _require_writable(cpu, linear, size * count)  # a fault comes before the port is read
 
         def arrived(data: bytes) -> None:
             cpu.write(linear, data)
@@ -104,6 +103,17 @@ def port_string(a: Assist) -> None:
         cpu._completion = lambda _: finish()
     s.io_port, s.io_size, s.io_in, s.io_count = number, size, int(incoming), count
     raise Leave(Exit.IO)
+
+
+def _require_writable(cpu: Cpu, linear: int, size: int) -> None:
+    """Faults as a store there would."""
+    try:
+        data = cpu.read(linear, size)
+    except GuestFault as fault:
+        if fault.vector != PF or fault.error is None:
+            raise
+        raise GuestFault(PF, fault.error | WRITE, fault.cr2) from None
+    cpu.write(linear, data)
 
 
 def _write_masked(a: Assist, register: int, value: int, mask: int) -> None:

@@ -1,0 +1,70 @@
+"""Microcode in Python: instructions that run rarely, and the unusual cases of some that run often
+(SDM vol. 2).
+
+The translator gives an instruction without a handler an `assist` record. It comes here with RIP at
+the instruction; a function here changes the state and says where to go on by setting RIP, or leaves
+it to be advanced. Raising GuestFault delivers an exception with nothing changed that the manual
+does not want changed; raising Leave hands the instruction to the caller of `Cpu.run`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, NoReturn
+
+from iced_x86 import Decoder, Formatter, FormatterSyntax, Instruction
+
+from anykvm.cpu.assist import far, io, system
+from anykvm.cpu.assist.core import ASSISTS, Assist
+from anykvm.cpu.faults import Leave
+from anykvm.cpu.state import Exit, Mode, Seg
+
+if TYPE_CHECKING:
+    from anykvm.cpu.processor import Cpu
+
+__all__ = ["execute", "far", "fetch", "io", "system"]
+
+_formatter = Formatter(FormatterSyntax.NASM)
+
+
+def fetch(cpu: Cpu) -> bytes:
+    """Up to 15 bytes of code at RIP."""
+    s = cpu.state
+    linear = s.rip
+    if not s.mode & Mode.CODE64:
+        linear = (s.rip + s.seg[Seg.CS].base) & 0xFFFF_FFFF
+    host = cpu.fetch_page(linear)
+    if host is None:
+        raise cpu.noted_fault()
+    room = 4096 - (linear & 0xFFF)
+    data = ctypes.string_at(host + (linear & 0xFFF), min(15, room))
+    if room < 15 and (second := cpu.fetch_page(linear + room)) is not None:
+        data += ctypes.string_at(second, 15 - room)
+    return data
+
+
+def execute(cpu: Cpu) -> None:
+    """Executes the instruction at RIP."""
+    s = cpu.state
+    data = fetch(cpu)
+    bits = 64 if s.mode & Mode.CODE64 else 32 if s.mode & Mode.CODE32 else 16
+    i = Decoder(bits, data, ip=s.rip).decode()
+    s.replay_next = 0
+    a = Assist(cpu, i)
+    body = ASSISTS.get(a.name)
+    if body is None:
+        refuse(cpu, data, i)
+    body(a)
+    if a.next_rip is not None:
+        s.rip = a.next_rip
+    s.insn_count += 1
+    s.replay_count = 0
+
+
+def refuse(cpu: Cpu, data: bytes, i: Instruction) -> NoReturn:
+    """No code for this instruction: ends the run with its bytes and its name."""
+    s = cpu.state
+    ctypes.memmove(s.insn_bytes, data.ljust(16, b"\0"), 16)
+    s.insn_len = i.len
+    cpu.emulation_text = f"{_formatter.format(i)} ({data[: i.len].hex(' ')}) is not implemented"
+    raise Leave(Exit.EMULATION)
