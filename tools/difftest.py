@@ -1,7 +1,7 @@
-"""Compares the software processor with the host's, for as long as you like: `python tools/difftest.py --seconds 600`.
+"""Compares the software processor with the host's for a while: `tools/difftest.py --seconds 600`.
 
-Runs the integer cases of tests/cpu with new values in every round; a round is a seed. Differences are printed with all that is
-needed to see them again, and end the run with status 1.
+Runs the integer cases of tests/cpu with new values in every round; a round is a seed.
+Differences are printed with all that is needed to see them again, and end the run with status 1.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.cpu import flow_cases, integer_cases  # noqa: E402
-from tests.cpu.differential import compare  # noqa: E402
+from tests.cpu import flow_cases, integer_cases
+from tests.cpu.differential import compare
 
 Round = Callable[[int, int], list[str]]
 
@@ -48,7 +48,9 @@ ROUNDS: dict[str, Round] = {
 }
 
 
-def rounds(names: list[str], each: int, seed: int, seconds: float) -> Iterator[tuple[str, int, list[str]]]:
+def rounds(
+    names: list[str], each: int, seed: int, seconds: float
+) -> Iterator[tuple[str, int, list[str]]]:
     end = time.monotonic() + seconds
     while True:
         for name in names:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Sequence
 
 import llvmlite.binding as llvm
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 DIRECTIVE = {16: ".code16", 32: ".code32", 64: ".code64"}
 
@@ -34,14 +36,20 @@ def _assemble(lines: Sequence[str], mode: int) -> list[bytes]:
     elf = ELFFile(io.BytesIO(code))
     if any(s.name.startswith(".rela.text") for s in elf.iter_sections()):
         raise ValueError(f"expected no reference to an outside symbol in {list(lines)}")
-    data = elf.get_section_by_name(".text").data()
-    symbols = {s.name: s["st_value"] for s in elf.get_section_by_name(".symtab").iter_symbols()}
+    found, table = elf.get_section_by_name(".text"), elf.get_section_by_name(".symtab")
+    assert found is not None
+    assert isinstance(table, SymbolTableSection)
+    data = found.data()
+    symbols = {s.name: s["st_value"] for s in table.iter_symbols()}
     marks = [symbols[f"line{n}"] for n in range(len(lines) + 1)]
-    return [data[a:b] for a, b in zip(marks, marks[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(marks)]
 
 
 def assemble_many(lines: Sequence[str], mode: int = 64) -> list[bytes]:
-    """The bytes of each text; several instructions in one are separated by `;`. LLVM ends the process on a text that it does not understand."""
+    """The bytes of each text; several instructions in one are separated by `;`.
+
+    LLVM ends the process on a text that it does not understand, and says which on standard error.
+    """
     missing = list(dict.fromkeys(line for line in lines if (mode, line) not in _known))
     if missing:
         for line, code in zip(missing, _assemble(missing, mode), strict=True):

@@ -16,7 +16,7 @@ Undefined = Callable[[Case, Result], int]  # RFLAGS bits that the manual leaves 
 
 @functools.cache
 def host() -> Native:
-    """The process's one child on the host's processor; its standard input closes with this process."""
+    """The process's one child on the host's processor; it ends when this process does."""
     return Native()
 
 

@@ -1,7 +1,9 @@
-"""A machine for tests: one `Engine`, one vCPU, memory set up without any guest code, and exception handlers that only halt.
+"""A machine for tests: one `Engine`, one vCPU, memory set up without any guest code, and
+exception handlers that only halt.
 
-Modes: 64 (long mode), 32 (protected mode), 16 (real mode), and "compat" (32-bit code in long mode); everything flat, linear
-addresses as in layout.py. Two programs differ in their address, so nothing has to be invalidated between them.
+Modes: 64 (long mode), 32 (protected mode), 16 (real mode), and "compat" (32-bit code in long
+mode); everything flat, linear addresses as in layout.py. Two programs differ in their address,
+so nothing has to be invalidated between them.
 
     machine().execute(Case(assemble("add eax, ebx"), {"rax": 1, "rbx": 2})).gpr["rax"] == 3
 """
@@ -70,7 +72,7 @@ DEFAULT_X87, NO_XMM = Case(b"").x87, (0,) * 16
 
 @dataclass(frozen=True)
 class ModeSetup:
-    """How a mode differs: control registers, IDT, and selectors of code and data for CPL 0 and 3."""
+    """How a mode differs: control registers, IDT, selectors of code and data for CPL 0 and 3."""
 
     bits: int
     cr0: int
@@ -153,7 +155,7 @@ class Machine:
         return ctypes.string_at(self.hva(address), size)
 
     def _build_tables(self) -> None:
-        """Nothing is mapped but what the machine has, so that a stray access faults as it does on the host."""
+        """Nothing is mapped but what the machine has: a stray access faults as on the host."""
         self.write(PML4, struct.pack("<Q", PDPT | ALL))
         self.write(PDPT, struct.pack("<4Q", *(DIRECTORIES + 0x1000 * n | ALL for n in range(4))))
         self.write(PML4 + 2048, struct.pack("<Q", SYSTEM_PDPT | ALL))
@@ -285,10 +287,10 @@ class Machine:
         registers = case.registers()
         if mode == 16 and "rsp" not in case.gpr:
             registers[4] = 0xF000
-        s.gpr[:] = registers
+        ctypes.memmove(ctypes.addressof(s), struct.pack("<16Q", *registers), 128)
         s.rip = at - (REAL_CODE if mode == 16 else 0)
         for n, value in case.xmm.items():
-            s.xmm[n][:16] = value.to_bytes(16, "little")
+            ctypes.memmove(s.xmm[n], value.to_bytes(16, "little"), 16)
         if case.x87 is not DEFAULT_X87:
             load_x87(s, case.x87)
         for address, data in case.memory.items():
@@ -308,8 +310,9 @@ class Machine:
         exits: Exits = refuse,
         setup: Callable[[State], None] | None = None,
     ) -> Result:
-        """Runs a case until its end or its first exception. `exits` deals with exits other than the final HLT;
-        `setup` may change the state that was loaded (call `mode_changed` after control registers or segments).
+        """Runs a case until its end or its first exception.
+
+        `exits` deals with exits other than the final HLT; `setup` may change what was loaded.
         """
         at = self.load(case, mode, user=user)
         if setup:
@@ -351,7 +354,7 @@ class Machine:
     def _frame(
         self, gpr: dict[str, int], vector: int, mode: int | str
     ) -> tuple[int, int, int | None]:
-        """RIP, RFLAGS and error code that the exception pushed; RSP in `gpr` becomes that of before."""
+        """RIP, RFLAGS and error code that were pushed; RSP in `gpr` becomes that of before."""
         s, size = self.state, {64: 8, "compat": 8, 32: 4, 16: 2}[mode]
         has_error = vector in WITH_ERROR and mode != 16
         sp = s.seg[Seg.SS].base + gpr["rsp"] if mode == 16 else gpr["rsp"]
@@ -385,14 +388,14 @@ def load_x87(state: State, x: X87) -> None:
     state.fpu_tag = 0
     for n in range(8):
         physical = (top + n) & 7
-        state.st[physical][:10] = x.st[n]
+        ctypes.memmove(state.st[physical], x.st[n], 10)
         state.fpu_tag |= 0 if x.tag >> physical & 1 else 3 << 2 * physical
 
 
 def read_x87(state: State) -> X87:
-    if state.fpu_tag == 0xFFFF and not state.fpu_sw and state.fpu_cw == FCW:
-        if not any(bytes(state.st)):
-            return DEFAULT_X87
+    unused = state.fpu_tag == 0xFFFF and not state.fpu_sw and state.fpu_cw == FCW
+    if unused and not any(bytes(state.st)):
+        return DEFAULT_X87
     top = state.fpu_sw >> 11 & 7
     tag = sum((state.fpu_tag >> 2 * n & 3 != 3) << n for n in range(8))
     st = tuple(bytes(state.st[(top + n) & 7][:10]) for n in range(8))

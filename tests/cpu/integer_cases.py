@@ -1,14 +1,16 @@
-"""Cases for the integer instruction set: every mnemonic with the operand shapes that it takes, corner and random values.
+"""Cases for the integer instruction set: every mnemonic with the operand shapes that it takes,
+corner and random values.
 
-A `Line` is one instruction text with what the manual leaves undefined about it. The texts are generated from tables in the
-manual's operand notation; a seed makes the values, so a failing case can be made again.
+A `Line` is one instruction text with what the manual leaves undefined about it. The texts are
+generated from tables in the manual's operand notation; a seed makes the values, so a failing
+case can be made again.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from .assembler import assemble_many
 from .layout import GPRS, RFLAGS, SCRATCH, STATUS, Case, Result
@@ -36,12 +38,13 @@ def bits(*names: str) -> int:
 AF, CF, OF = bits("af"), bits("cf"), bits("of")
 
 
-class Line(NamedTuple):
-    """An instruction under test: `size` of its operands; `undefined` tells the flags for the count in CL or the immediate."""
+@dataclass(frozen=True)
+class Line:
+    """An instruction under test. `undefined` tells the undefined flags, if need be from a count."""
 
     text: str
     name: str
-    size: int
+    size: int  # of the operands, bits
     undefined: Callable[[Line, int], int] | int = 0
     count: int | None = None  # an immediate count
     counts: bool = False  # CL is a count
@@ -57,11 +60,10 @@ MEMORY = ("[rsi]", "[rsi+rdi*4+0x10]", "[r13+r14-0x20]", "[rsi+rdi*8-0x80]", "[e
 
 
 def operands(size: int, shape: str, variant: int = 0) -> str:
-    """Operand texts for a shape such as `r,m` or `m,i`; `variant` picks other registers and addresses."""
+    """Operands for a shape such as `r,m` or `m,i`; `variant` picks registers and addresses."""
     pairs = ((1, 2), (3, 9), (8, 0), (11, 15), (5, 7))
-    registers = iter(register(n, size) for n in (*pairs[variant % 5], 10))
-    if size == 8 and variant == 4:
-        registers = iter(("ah", "dh"))
+    names = [register(n, size) for n in (*pairs[variant % 5], 10)]
+    registers = iter(["ah", "dh"] if size == 8 and variant == 4 else names)
     immediate = {8: "0x5a", 16: "-0x1234", 32: "0x12345678", 64: "-0x12345678"}[size]
     texts = {"m": f"{KEYWORD[size]} ptr {MEMORY[variant % 5]}", "i": immediate, "b": "-5", "1": "1"}
     return ", ".join(next(registers) if s == "r" else texts[s] for s in shape.split(","))
@@ -137,10 +139,10 @@ def extensions() -> Iterator[Line]:
     for to, sources in ((16, (8,)), (32, (8, 16)), (64, (8, 16))):
         for source in sources:
             for name in ("movzx", "movsx"):
-                for from_ in (register(1, source), f"{KEYWORD[source]} ptr [rsi]"):
-                    yield Line(f"{name} {register(9, to)}, {from_}", name, to)
-    for source in ("ecx", "dword ptr [rsi]"):
-        yield Line(f"movsxd r8, {source}", "movsxd", 64)
+                for text in (register(1, source), f"{KEYWORD[source]} ptr [rsi]"):
+                    yield Line(f"{name} {register(9, to)}, {text}", name, to)
+    for text in ("ecx", "dword ptr [rsi]"):
+        yield Line(f"movsxd r8, {text}", "movsxd", 64)
     yield Line("movzx edx, ah", "movzx", 32)
     for name in "cbw cwde cdqe cwd cdq cqo".split():
         yield Line(name, name, 32)
@@ -212,7 +214,7 @@ FAMILIES: dict[str, Callable[[], Iterator[Line]]] = {
 
 
 def corner(rng: random.Random, size: int) -> int:
-    """A value of `size` bits that carries, overflows or is otherwise at an edge; the bits above are random."""
+    """A value of `size` bits, likely at some edge; the bits above are random."""
     top = 1 << (size - 1)
     values = (0, 1, 2, 0xF, 0x10, 0x7F, 0x80, 0xFF, top - 1, top, top + 1, 2 * top - 1, 2 * top - 2)
     value = rng.choice(values) if rng.random() < 0.6 else rng.getrandbits(size)

@@ -1,7 +1,8 @@
-"""Where things stand in the test machine, and what goes into an instruction under test and comes out of it.
+"""Where things stand in the test machine, and what goes into an instruction under test and comes
+out of it.
 
-The same linear addresses hold on the software processor (harness.py) and on the host's own (native.py), so that results which
-contain an address agree.
+The same linear addresses hold on the software processor (harness.py) and on the host's own
+(native.py), so that results which contain an address agree.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ STATUS = {"cf": 0, "pf": 2, "af": 4, "zf": 6, "sf": 7, "of": 11}
 
 @dataclass(frozen=True)
 class X87:
-    """The x87 state as FXSAVE shows it: `tag` a bit for each physical register in use, `st` ten bytes from ST(0) on."""
+    """The x87 as FXSAVE shows it: `tag` a bit for each physical register in use, `st` from ST(0)."""
 
     cw: int = FCW
     sw: int = 0
@@ -33,7 +34,7 @@ class X87:
 
 @dataclass(frozen=True)
 class Case:
-    """An instruction (or a few) and the state it starts from; registers that are not named are 0, RSP is `STACK`."""
+    """Instructions and the state they start from; registers not named are 0, RSP is `STACK`."""
 
     code: bytes
     gpr: Mapping[str, int] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """The state afterwards. `vector` is that of the exception that ended it, RIP then what the exception pushed."""
+    """The state afterwards; `vector` is that of an exception, RIP then what that pushed."""
 
     gpr: dict[str, int]
     rflags: int
@@ -72,7 +73,7 @@ class Result:
 
 
 class Placement:
-    """Gives each piece of code an address of its own in the code area; the same bytes get the same address again."""
+    """Gives each piece of code an address of its own; the same bytes get the same one again."""
 
     def __init__(self, start: int, size: int) -> None:
         self.start, self.size = start, size
@@ -119,6 +120,4 @@ def x87_of(image: bytes) -> X87:
 
 def xmm_of(image: bytes) -> tuple[int, ...]:
     """The XMM registers of an FXSAVE image."""
-    return tuple(
-        int.from_bytes(image[160 + 16 * n : 176 + 16 * n], "little") for n in range(16)
-    )
+    return tuple(int.from_bytes(image[160 + 16 * n : 176 + 16 * n], "little") for n in range(16))

@@ -1,7 +1,9 @@
-"""The host's own processor, ring 3, as the reference: executes the same code from the same state as the test machine.
+"""The host's own processor, ring 3, as the reference: executes the same code from the same state
+as the test machine.
 
-A child process (native_worker.py) maps code, scratch memory and a context block at fixed low addresses, so the trampoline reaches
-the context without a base register and can load every register there is.
+A child process (native_worker.py) maps code, scratch memory and a context block at fixed low
+addresses, so the trampoline reaches the context without a base register and can load every
+register there is.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from .assembler import assemble
 from .layout import (
@@ -55,7 +58,7 @@ def _fx(offset: int) -> str:
 
 
 def _enter_text() -> list[str]:
-    """Loads everything, jumps to the code; the code's end jumps to what follows, which stores everything."""
+    """Loads everything and jumps to the code, whose end jumps to what stores everything."""
     saved = "rbx rbp r12 r13 r14 r15".split()
     lines = [f"push {r}" for r in saved]
     lines += [f"mov {_slot(HOST_RSP)}, rsp", f"fxsave64 {_fx(HOST_FX)}", f"fxrstor64 {_fx(FX_IN)}"]
@@ -79,7 +82,7 @@ def _return_text() -> list[str]:
 
 
 def _handler_text() -> list[str]:
-    """void handler(int signal, siginfo_t *, ucontext_t *): never returns to where the signal came from."""
+    """void handler(int signal, siginfo_t *, ucontext_t *): returns to the trampoline's caller."""
     lines = [f"mov {_slot(SIGNAL)}, rdi"]
     for n, register in enumerate(MCONTEXT):
         target = GPR_OUT + 8 * GPRS.index(register)
@@ -127,8 +130,7 @@ class Native:
             "taken": CONTEXT + FX_OUT,
             "size": OUT_SIZE,
         }
-        assert process.stdin
-        send(process.stdin, setup)
+        send(cast(BinaryIO, process.stdin), setup)
         return process
 
     def place(self, code: bytes) -> tuple[int, list[tuple[int, bytes]]]:
@@ -158,16 +160,15 @@ class Native:
 
     def run_many(self, cases: Sequence[Case], at: Sequence[int] | None = None) -> list[Result]:
         """Executes each case, at the given addresses or at ones of its own."""
-        places = at or [None] * len(cases)
+        places: Sequence[int | None] = at or [None] * len(cases)
         messages = [self._message(c, p) for c, p in zip(cases, places, strict=True)]
         process = self._process
-        assert process.stdin
-        assert process.stdout
-        send(process.stdin, [m for _, m in messages])
-        if not select.select([process.stdout], [], [], SECONDS)[0]:
+        stdin, stdout = cast(BinaryIO, process.stdin), cast(BinaryIO, process.stdout)
+        send(stdin, [m for _, m in messages])
+        if not select.select([stdout], [], [], SECONDS)[0]:
             process.kill()
             raise TimeoutError(f"the host did not finish {len(cases)} cases in {SECONDS} s")
-        outcomes = receive(process.stdout)
+        outcomes = receive(stdout)
         if not isinstance(outcomes, list):
             raise ChildProcessError(f"the child process ended with {process.wait()}")
         return [

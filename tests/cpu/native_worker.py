@@ -1,8 +1,9 @@
-"""The process in which `native` lets the host's processor execute instructions: standard library only, started as a script.
+"""The process in which `native` lets the host's processor execute instructions: standard library
+only, started as a script.
 
-Reads batches of cases from standard input and writes the outcomes to standard output, both marshalled behind a length. Faults do
-not end it: a signal handler in machine code stores what the kernel says about the fault and returns to the caller of the
-trampoline.
+Reads batches of cases from standard input and writes the outcomes to standard output, both
+marshalled behind a length. Faults do not end it: a signal handler in machine code stores what
+the kernel says about the fault and returns to the caller of the trampoline.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import marshal
 import mmap
 import struct
 import sys
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mmap.restype = ctypes.c_void_p
@@ -27,7 +28,7 @@ def receive(stream: BinaryIO) -> object | None:
     return marshal.loads(stream.read(struct.unpack("<I", head)[0])) if head else None
 
 
-def send(stream: BinaryIO, message: object) -> None:
+def send(stream: BinaryIO, message: Any) -> None:
     data = marshal.dumps(message)
     stream.write(struct.pack("<I", len(data)) + data)
     stream.flush()

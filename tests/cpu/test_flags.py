@@ -56,7 +56,13 @@ def _native(name: str) -> Callable[[State, int, int, int], int]:
         f.flags.sub(a, b, r)
         return f.flags.read()
 
-    bodies = {"write": write, "conditions": conditions, "change": change, "add": add, "sub": subtract}
+    bodies = {
+        "write": write,
+        "conditions": conditions,
+        "change": change,
+        "add": add,
+        "sub": subtract,
+    }
     return _call(f"flags_test_{name}", bodies[name])
 
 

@@ -1,4 +1,6 @@
-"""Interrupt windows, shadows and kicks: exactly when, and never lost. Several vCPUs on one engine."""
+"""Interrupt windows, shadows and kicks: exactly when, and never lost. Several vCPUs on one
+engine.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ WINDOWS = [
 
 @pytest.mark.parametrize(("text", "offset"), WINDOWS, ids=[w[0] for w in WINDOWS])
 def test_the_window_opens_at_the_right_instruction(text: str, offset: int) -> None:
-    """STI and MOV SS hold interrupts off until the instruction behind them is done; POPF does not."""
+    """STI and MOV SS hold interrupts off until the next instruction is done; POPF does not."""
     cpu, at = _start(text, rbx=SS)
     cpu.pending_interrupt(True)
     reason = cpu.run()
@@ -190,10 +192,11 @@ ATOMICS = {
     "mov eax, 1; lock xadd [rsi], rax": (0, COUNTED * 2),
     "lock dec word ptr [rsi]": (0, -COUNTED * 2),
     "2: mov rax, [rsi]; lea rbx, [rax+1]; lock cmpxchg [rsi], rbx; jnz 2b": (0, COUNTED * 2),
-    "2: mov eax, 1; xchg [rsi+8], eax; test eax, eax; jnz 2b; inc qword ptr [rsi]; mov dword ptr [rsi+8], 0":
+    "2: mov eax, 1; xchg [rsi+8], eax; test eax, eax; jnz 2b; inc qword ptr [rsi];"
+    " mov dword ptr [rsi+8], 0":
         (0, COUNTED * 2),
-    "2: mov rax, [rsi]; mov rdx, [rsi+8]; lea rbx, [rax+1]; mov r8, rcx; lea rcx, [rdx+1]; lock cmpxchg16b [rsi];"
-    " mov rcx, r8; jnz 2b": (8, COUNTED * 2),
+    "2: mov rax, [rsi]; mov rdx, [rsi+8]; lea rbx, [rax+1]; mov r8, rcx; lea rcx, [rdx+1];"
+    " lock cmpxchg16b [rsi]; mov rcx, r8; jnz 2b": (8, COUNTED * 2),
 }  # fmt: skip
 _second: list[Cpu] = []
 

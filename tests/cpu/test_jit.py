@@ -13,7 +13,7 @@ import pytest
 
 from anykvm.cpu.jit import MAGIC
 
-# Engines are created in processes of their own, since several in one cannot be torn down in any order.
+# In processes of their own: several engines in one cannot be torn down in any order.
 PROGRAM = """
 import ctypes, json, sys
 from pathlib import Path
@@ -127,9 +127,14 @@ def test_a_damaged_file_is_compiled_anew(tmp_path: Path, damage: object) -> None
 def test_a_file_that_vanishes_after_it_was_listed(tmp_path: Path) -> None:
     """Someone clears the cache while a process runs: deleted files cost a compilation."""
     _run(tmp_path, "f1")
-    program = PROGRAM.replace("results = {}", "results = {}\n[p.unlink() for p in Path(folder).rglob('*.batch')]")
+    program = PROGRAM.replace(
+        "results = {}", "results = {}\n[p.unlink() for p in Path(folder).rglob('*.batch')]"
+    )
     process = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), "f1"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, str(tmp_path), "f1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert json.loads(process.stdout)["compiled"] == 1
 

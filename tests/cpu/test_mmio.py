@@ -1,4 +1,6 @@
-"""Accesses that a device answers: each reaches it once, in order, whatever instruction makes them; and port I/O."""
+"""Accesses that a device answers: each reaches it once, in order, whatever instruction makes
+them; and port I/O.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ V = 0x1122334455667788
 MASK32 = 0xFFFF_FFFF
 ROWS = [
     ("mov eax, [rsi]", [(0, 0x10, 4, V)], {"rax": V & MASK32}),
-    ("mov rax, [rsi]; mov rbx, [rsi]", [(0, 0x10, 8, V), (0, 0x10, 8, V + 1)], {"rax": V, "rbx": V + 1}),
+    ("mov rax, [rsi]; mov rbx, [rsi]",
+     [(0, 0x10, 8, V), (0, 0x10, 8, V + 1)], {"rax": V, "rbx": V + 1}),
     ("mov [rsi], ax", [(1, 0x10, 2, 0x55)], {}),
     ("add [rsi], rax", [(0, 0x10, 8, V), (1, 0x10, 8, V + 0x55)], {"rax": 0x55}),
     ("add rax, [rsi]", [(0, 0x10, 8, V)], {"rax": V + 0x55}),
@@ -67,10 +70,12 @@ ROWS = [
     ("movsq", [(0, 0x10, 8, V), (1, 0x20, 8, V)], {"rsi": MMIO + 0x18, "rdi": MMIO + 0x28}),
     ("push qword ptr [rsi]; pop rbx", [(0, 0x10, 8, V)], {"rbx": V}),
     ("push rax; pop qword ptr [rsi]", [(1, 0x10, 8, 0x55)], {"rsp": STACK}),
-    ("movups [rsi], xmm0", [(1, 0x10, 8, 0x0706050403020100), (1, 0x18, 8, 0x0F0E0D0C0B0A0908)], {}),
+    ("movups [rsi], xmm0",
+     [(1, 0x10, 8, 0x0706050403020100), (1, 0x18, 8, 0x0F0E0D0C0B0A0908)], {}),
     ("cmp [rsi], eax; setne bl", [(0, 0x10, 4, V)], {"rbx": 1}),
     ("inc dword ptr [rsi]; inc dword ptr [rdi]",
-     [(0, 0x10, 4, V), (1, 0x10, 4, 0x55667789), (0, 0x20, 4, V + 1), (1, 0x20, 4, 0x5566778A)], {}),
+     [(0, 0x10, 4, V), (1, 0x10, 4, 0x55667789),
+      (0, 0x20, 4, V + 1), (1, 0x20, 4, 0x5566778A)], {}),
 ]  # fmt: skip
 
 
@@ -113,7 +118,7 @@ def test_rep_stos_and_scas_on_a_device() -> None:
 
 
 def test_a_faulting_second_operand_after_a_device_read() -> None:
-    """The store of MOVS faults; when the instruction is executed anew later the device is read anew."""
+    """The store of MOVS faults; executed anew later, the instruction reads the device anew."""
     device = Device()
     result = _run("movsq", device, rdi=SCRATCH + 0x10000)
     assert (result.vector, result.error) == (14, 2)
@@ -205,5 +210,5 @@ def test_single_and_backward_outs_and_ins() -> None:
 
 
 def test_ins_to_a_missing_page_faults() -> None:
-    ports, result = _ports("insb", rdi=SCRATCH + 0x10000)
+    _, result = _ports("insb", rdi=SCRATCH + 0x10000)
     assert (result.vector, result.error, result.gpr["rdi"]) == (14, 2, SCRATCH + 0x10000)

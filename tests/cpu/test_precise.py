@@ -9,7 +9,7 @@ import pytest
 
 from .assembler import assemble
 from .differential import compare
-from .harness import ALL, NX, A, D, P, U, W, machine
+from .harness import ALL, NX, SCRATCH_TABLE, A, D, P, U, W, machine
 from .layout import SCRATCH, STACK, Case
 
 PAGE = SCRATCH + 0x3000
@@ -24,8 +24,6 @@ def _restore_pages() -> Iterator[None]:
 
 
 def _entry(page: int) -> int:
-    from .harness import SCRATCH_TABLE
-
     return int.from_bytes(machine().read(SCRATCH_TABLE + (page >> 12 & 511) * 8, 8), "little")
 
 
@@ -68,9 +66,12 @@ def test_a_push_that_faults_leaves_rsp(text: str) -> None:
 
 
 RMW = (
-    "add [rsi], rax", "lock add [rsi], rax", "inc qword ptr [rsi]", "xchg [rsi], rax", "not qword ptr [rsi]",
-    "lock cmpxchg [rsi], rbx", "cmpxchg [rsi], rbx", "xadd [rsi], rax", "bts [rsi], rcx", "shl qword ptr [rsi], 3",
-    "cmpxchg8b [rsi]", "lock cmpxchg8b [rsi]", "mov [rsi], rax", "setc [rsi]", "pop qword ptr [rsi]",
+    "add [rsi], rax", "lock add [rsi], rax", "inc qword ptr [rsi]", "xchg [rsi], rax",
+    "not qword ptr [rsi]",
+    "lock cmpxchg [rsi], rbx", "cmpxchg [rsi], rbx", "xadd [rsi], rax", "bts [rsi], rcx",
+    "shl qword ptr [rsi], 3",
+    "cmpxchg8b [rsi]", "lock cmpxchg8b [rsi]", "mov [rsi], rax", "setc [rsi]",
+    "pop qword ptr [rsi]",
     "stosq", "movsq",
 )  # fmt: skip
 
@@ -78,7 +79,7 @@ RMW = (
 @pytest.mark.parametrize("text", RMW)
 @pytest.mark.parametrize("user", [True, False])
 def test_a_read_only_page_faults_before_anything_changes(text: str, user: bool) -> None:
-    """Also where the operand only begins to reach into it, and even if CMPXCHG would not change it."""
+    """Also where the operand only reaches into it, and even if CMPXCHG would not change it."""
     m = machine()
     m.protect(NEXT, ALL & ~W)
     for at in (NEXT + 8, NEXT - 4):
@@ -139,9 +140,7 @@ def test_an_instruction_across_pages_is_executed_and_noticed_when_it_changes() -
     m.write(NEXT - 3, body)
     jump = Case(assemble("jmp rbx"), {"rbx": NEXT - 3})
     assert m.execute(jump).gpr["rax"] == 0x12345678
-    change = Case(
-        assemble("mov byte ptr [rcx], 0xee; jmp rbx"), {"rbx": NEXT - 3, "rcx": NEXT + 1}
-    )
+    change = Case(assemble("mov byte ptr [rcx], 0xee; jmp rbx"), {"rbx": NEXT - 3, "rcx": NEXT + 1})
     assert m.execute(change).gpr["rax"] == 0xEE345678
 
 
@@ -151,7 +150,8 @@ CHANGES = (
     "mov ecx, 9; 1: add rax, 3; xor byte ptr [rip-8], 8; dec ecx; jnz 1b",
     "mov word ptr [rip+2], 0x9090; nop; nop; ud2; inc rax",
     "mov rdi, rsi; mov al, 0xc3; stosb; call rsi; inc rbx",
-    "lea rdi, [rip+16]; mov eax, 0x90909090; mov ecx, 3; cld; rep stosd; nop; ud2; ud2; ud2; ud2; ud2; inc rbx",
+    "lea rdi, [rip+16]; mov eax, 0x90909090; mov ecx, 3; cld; rep stosd; nop; ud2; ud2; ud2; ud2;"
+    " ud2; inc rbx",
     "lock xor byte ptr [rip+1], 3; mov al, 5; mov byte ptr [rip+1], 9; mov bl, 5",
 )  # fmt: skip
 
@@ -177,6 +177,8 @@ def test_a_store_beside_code_keeps_working() -> None:
     at = SCRATCH + 0x9000
     m.write(at, body)
     for offset in rng.sample(range(len(body), 0xF00), 5):
-        case = Case(assemble("call rbx"), {"rbx": at, "rsi": at + offset}, memory={at + offset: bytes(8)})
+        case = Case(
+            assemble("call rbx"), {"rbx": at, "rsi": at + offset}, memory={at + offset: bytes(8)}
+        )
         result = m.execute(case)
         assert int.from_bytes(result.memory[at + offset], "little") == 5050

@@ -2,11 +2,12 @@
 
     instructions | what is set before | what must be afterwards
 
-Numbers are hexadecimal. A register may be named in any width: `eax=5` before sets RAX to 5, afterwards it looks at EAX alone. `cf`
-and the other status flags are 0 before unless given and not looked at afterwards unless given (so undefined ones are left out).
-`[s+10]=0123` is bytes in memory, `s` the scratch memory (real mode: where DS points). `es.base=`, `ss.limit=`, `ds.attr=` change a
-segment before. `#GP(0)` afterwards expects an exception. `db 0f 0b` gives bytes instead of text. Lines such as `mode 32 user` set the
-mode for what follows.
+Numbers are hexadecimal. A register may be named in any width: `eax=5` before sets RAX to 5,
+afterwards it looks at EAX alone. `cf` and the other status flags are 0 before unless given and
+not looked at afterwards unless given (so undefined ones are left out). `[s+10]=0123` is bytes in
+memory, `s` the scratch memory (real mode: where DS points). `es.base=`, `ss.limit=`, `ds.attr=`
+change a segment before. `#GP(0)` afterwards expects an exception. `db 0f 0b` gives bytes instead
+of text. Lines such as `mode 32 user` set the mode for what follows.
 """
 
 from __future__ import annotations

@@ -44,6 +44,9 @@ class FakeCpu:
     def io_data(self) -> bytes:
         return self.out
 
+    def memory_may_have_changed(self) -> None:
+        """Nothing is translated here."""
+
     def run(self) -> Exit:
         if self.window and self.can_take_interrupt():
             return Exit.IRQ_WINDOW

@@ -79,7 +79,10 @@ RENAMED = {
     **{
         f"{n}{letter}": n for n in ("pushf", "popf", "iret", "sysret", "sysexit") for letter in "dq"
     },
-    **{"pushad": "pusha", "popad": "popa", "wait": "fwait"},
+    "pushad": "pusha",
+    "popad": "popa",
+    "wait": "fwait",
+    "tzcnt": "bsf",  # what the encoding means on a processor without BMI1
 }  # iced has mnemonics for operand sizes; here the size is an attribute
 LETTER_BITS = {"W": 16, "D": 32, "Q": 64}
 

@@ -35,7 +35,7 @@ from anykvm.cpu.state import (
     Seg,
 )
 
-BLOCK_ENTRY = 48  # rip, host page, mode, record, second host page, -
+BLOCK_ENTRY = 48  # rip, host page, mode, record, second host page, CodePage
 PROBES = 16
 MASKED = 0x1F80  # MXCSR's mask bits
 
@@ -81,6 +81,7 @@ def find() -> Routine:
             second = entry.offset(32).load("i64", align=8)
             with f.If(second.ne(0)):
                 loop.break_if(_fetch_page(f, (linear & ~0xFFF) + 4096, f.null()).ne(second))
+            _compare_once(f, entry.offset(40).load(PTR, align=8), host)
             _remember(f, rip, record)
             f.ret(record)
         slot.set((slot.get() + 1) & f.get("blocks_mask"))
@@ -88,6 +89,28 @@ def find() -> Routine:
     f.set("exit_kind", int(Exit.TRANSLATE))
     f.ret(f.null())
     return f
+
+
+def _compare_once(f: Routine, page: Value, host: Value) -> None:
+    """The first time in a stay that a page is entered: is its code what was translated?
+
+    Userspace may have changed it meanwhile, which no store of the guest's tells.
+    """
+    stay = f.get("stay")
+    with f.If(page.load("i64", volatile=True, align=8).ne(stay)):
+        at, differs = f.var(f.const(0, 64)), f.var(f.const(0, 64))
+        with f.Loop() as loop:
+            mask = page.offset(at.get() + 8).load("i64", align=8)
+            made_from = page.offset(at.get() + (8 + 4096)).load("i64", align=8)
+            now = (host + at.get()).to_ptr().load("i64", align=8)
+            differs.set(differs.get() | ((made_from ^ now) & mask))
+            at.set(at.get() + 8)
+            loop.break_if(at.get().eq(4096))
+        with f.If(differs.get().ne(0)):
+            f.set("code_write_gpa", host)
+            f.set("exit_kind", int(Exit.CODE_CHANGED))
+            f.ret(f.null())
+        page.store(stay, volatile=True, align=8)
 
 
 def _jump_mode(f: Routine | Handler, tlb: Value) -> Value:

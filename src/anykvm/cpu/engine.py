@@ -7,6 +7,7 @@ This is the room's face to the room that drives it (x86): `Engine`, `Cpu`, `Exit
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,11 @@ class Engine:
         self.memory = PhysicalMap()
         self.gate = Gate()
         self.cpus: list[Cpu] = []
+        self._stays = itertools.count(1)
+
+    def next_stay(self) -> int:
+        """A number for a stay in the guest, different from all before."""
+        return next(self._stays)
 
     def create_cpu(self, index: int) -> Cpu:
         cpu = Cpu(self, index)
@@ -203,6 +209,11 @@ class Engine:
                     start = host % PAGE
                     self.translator.drop(host - start, start, start + length)
                 gpa, size = gpa + length, size - length
+
+    def code_changed(self, host: int) -> None:
+        """Drops the translations of a host page whose bytes are not what they were."""
+        with self.translator.lock:
+            self.translator.drop(host, 0, PAGE)
 
     def forget_all(self) -> None:
         """Drops every translation."""

@@ -102,13 +102,18 @@ class Cpu:
         return 3 if self.rflags & Flag.VM else (s.seg[Seg.SS].attr >> 5) & 3
 
     def can_take_interrupt(self) -> bool:
-        """IF is set and no STI or MOV SS holds interrupts off."""
-        s = self.state
-        return bool(s.flags & IF) and not self.in_shadow()
+        """IF is set and neither STI nor MOV SS nor an unfinished instruction holds interrupts off."""
+        return bool(self.state.flags & IF) and not (self.in_shadow() or self.mid_instruction())
 
     def in_shadow(self) -> bool:
         s = self.state
         return bool(s.shadow and s.rip == s.shadow_rip and s.insn_count == s.shadow_count)
+
+    def mid_instruction(self) -> bool:
+        """The instruction at RIP has made an MMIO access: an event now would have it made twice."""
+        s = self.state
+        done = s.replay_count and s.rip == s.replay_rip and s.insn_count == s.replay_insn
+        return bool(done)
 
     def mode_changed(self) -> None:
         """Recomputes what translations depend on, after control registers, segments or flags were
@@ -159,6 +164,11 @@ class Cpu:
         """Whether `run` is to return IRQ_WINDOW as soon as an interrupt can be taken."""
         self.state.irq_pending = int(pending)
 
+    def memory_may_have_changed(self) -> None:
+        """Userspace ran, and may have written code: pages are compared when next entered."""
+        self.state.stay = self.engine.next_stay()
+        self.state.jump_key += 1 << 32
+
     # Running
     def run(self) -> Exit:
         """Executes the guest until the caller is needed."""
@@ -170,7 +180,7 @@ class Cpu:
                 self._requested = False
                 return Exit.REQUEST
             waiting = self.state.irq_pending and self.state.flags & IF
-            if waiting and not self.in_shadow():
+            if waiting and self.can_take_interrupt():
                 return Exit.IRQ_WINDOW
             try:
                 if self.state.mode & STEP:
@@ -243,6 +253,11 @@ class Cpu:
         assist.execute(self)
         return None
 
+    def _code_changed(self) -> Exit | None:
+        """Userspace changed code: what was translated from that page goes."""
+        self.engine.code_changed(self.state.code_write_gpa)
+        return None
+
     def _code_write(self) -> Exit | None:
         """A store to translated code: drops that code, then lets this one instruction store."""
         s = self.state
@@ -279,7 +294,7 @@ class Cpu:
                 s.mode &= ~STEP
 
     def _out_of_shadow(self) -> Exit | None:
-        """Just the instruction that holds interrupts off."""
+        """Just the instruction that holds interrupts off, or its rest."""
         self._one()
         return None if self.state.exit_kind == Exit.REQUEST else self._after()
 
@@ -487,6 +502,7 @@ INTERNAL: dict[int, Callable[[Cpu], Exit | None]] = {
     Exit.TRANSLATE: Cpu._translate,
     Exit.ASSIST: Cpu._assist,
     Exit.CODE_WRITE: Cpu._code_write,
+    Exit.CODE_CHANGED: Cpu._code_changed,
     Exit.DELIVER: Cpu._deliver_noted,
     Exit.REQUEST: Cpu._requested_exit,
     Exit.EMULATION: Cpu._emulation,

@@ -47,6 +47,7 @@ class Exit(IntEnum):
     ASSIST = 2  # an instruction whose microcode is in Python
     CODE_WRITE = 3  # a store is about to change translated code
     DELIVER = 4  # an exception whose delivery is in Python
+    CODE_CHANGED = 5  # the code at a page (code_write_gpa: its host address) is not what it was
     REQUEST = 16
     IRQ_WINDOW = 17
     HLT = 18
@@ -178,6 +179,7 @@ class State(ctypes.Structure):
         # Control of the native side
         ("mode", u64),  # Mode
         ("jump_key", u64),  # number of flushes << 32
+        ("stay", u64),  # number of the last time that userspace ran, over all vCPUs
         ("exit_kind", u32),  # Exit
         ("exit_request", c_int32),  # written by other threads
         ("irq_pending", u32),  # leave once interrupts can be taken
@@ -291,6 +293,7 @@ class State(ctypes.Structure):
     apic_base: int
     mode: int
     jump_key: int
+    stay: int
     exit_kind: int
     exit_request: int
     irq_pending: int

@@ -39,7 +39,7 @@ MAX_BLOCKS = 1 << 20
 ENTRY_WORDS = BLOCK_ENTRY // 8
 WORD = struct.Struct("<Q")
 NO_MODE = 2**64 - 1
-ONES = b"\1" * PAGE
+ONES = b"\xff" * PAGE
 CODE_MODE = int(
     Mode.CODE32 | Mode.CODE64 | Mode.STACK32 | Mode.PROTECTED | Mode.NM | Mode.SSE_UD | Mode.SSE_NM
 )
@@ -58,23 +58,29 @@ class Unit(NamedTuple):
 
 
 class CodePage:
-    """A host page with translated code."""
+    """A host page with translated code. Native code reads the memory behind it, in this order:
+
+    the number of the last stay at which the page was compared, a map of translated bytes (FF each),
+    and the bytes that were translated.
+    """
 
     def __init__(self) -> None:
-        self.translated = bytearray(PAGE)  # 1 for each byte that a unit was made from
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.translated))
+        self._memory = bytearray(8 + 2 * PAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.units: list[Unit] = []
 
-    def mark(self, start: int, end: int) -> None:
-        self.translated[start:end] = ONES[: end - start]
+    def mark(self, start: int, end: int, code: bytes) -> None:
+        """Bytes `start` to `end` were translated from `code`."""
+        self._memory[8 + start : 8 + end] = ONES[: end - start]
+        self._memory[8 + PAGE + start : 8 + PAGE + end] = code
 
     def take_overlapping(self, start: int, end: int) -> list[Unit]:
         """Removes and returns the units over the bytes `start` to `end`."""
         hit = [u for u in self.units if u.start < end and start < u.end]
         self.units = [u for u in self.units if u not in hit]
-        self.translated[:] = bytes(PAGE)
+        self._memory[8 : 8 + PAGE] = bytes(PAGE)
         for unit in self.units:
-            self.mark(unit.start, unit.end)
+            self._memory[8 + unit.start : 8 + unit.end] = ONES[: unit.end - unit.start]
         return hit
 
 
@@ -161,6 +167,7 @@ class Translator:
             self._used += 1
         words[at + 2] = NO_MODE
         words[at], words[at + 1], words[at + 3], words[at + 4] = rip, host, record, second
+        words[at + 5] = self.pages[host].address
         words[at + 2] = mode
         self.blocks[rip, host, mode] = record
 
@@ -208,17 +215,17 @@ class Translator:
                 return None
             second_host = found
             builder.collect_one(code + ctypes.string_at(second_host, 16))
-            self.pages[second_host].mark(0, builder.length - len(code))
         builder.write()
-        for head_rip, record in builder.heads:
-            self._publish(head_rip, host, mode, record, second_host)
         heads = tuple((r, host, mode, record) for r, record in builder.heads)
         end = min(offset + builder.length, PAGE)
         page.units.append(Unit(offset, end, heads))
-        page.mark(offset, end)
+        page.mark(offset, end, code[: end - offset])
         if second_host:
             tail = builder.length - len(code)
             self.pages[second_host].units.append(Unit(0, tail, heads))
+            self.pages[second_host].mark(0, tail, ctypes.string_at(second_host, tail))
+        for head_rip, record in builder.heads:
+            self._publish(head_rip, host, mode, record, second_host)
         self.units += 1
         self.insns += builder.count
         return builder.heads[0][1]

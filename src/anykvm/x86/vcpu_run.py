@@ -30,6 +30,7 @@ from anykvm.x86.vapic import kvm_lapic_sync_from_vapic, kvm_lapic_sync_to_vapic
 def kvm_arch_vcpu_ioctl_run(vcpu: VcpuX86) -> int:
     """KVM_RUN with signals held back, see kvm/sigset.py."""
     vcpu.sigset.activate()
+    vcpu.cpu.memory_may_have_changed()
     try:
         vcpu.run.flags = 0
         if vcpu.run.kvm_valid_regs & ~uapi.KVM_SYNC_X86_VALID_FIELDS:

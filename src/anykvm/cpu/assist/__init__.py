@@ -12,11 +12,12 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, NoReturn
 
-from iced_x86 import Decoder, Formatter, FormatterSyntax, Instruction
+from iced_x86 import Decoder, EncodingKind, Formatter, FormatterSyntax, Instruction
 
 from anykvm.cpu.assist import far, io, system
 from anykvm.cpu.assist.core import ASSISTS, Assist
-from anykvm.cpu.faults import Leave
+from anykvm.cpu.faults import GuestFault, Leave
+from anykvm.cpu.guest import UD
 from anykvm.cpu.state import Exit, Mode, Seg
 
 if TYPE_CHECKING:
@@ -62,7 +63,12 @@ def execute(cpu: Cpu) -> None:
 
 
 def refuse(cpu: Cpu, data: bytes, i: Instruction) -> NoReturn:
-    """No code for this instruction: ends the run with its bytes and its name."""
+    """No code for this instruction: ends the run with its bytes and its name.
+
+    Encodings that came with features which CPUID does not offer are undefined instead.
+    """
+    if i.encoding != EncodingKind.LEGACY:
+        raise GuestFault(UD)
     s = cpu.state
     ctypes.memmove(s.insn_bytes, data.ljust(16, b"\0"), 16)
     s.insn_len = i.len

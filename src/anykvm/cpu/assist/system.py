@@ -301,7 +301,7 @@ def look_at_segment(a: Assist) -> None:
     }[a.name, wide]
     found = _visible(a, a.value(1, 2) & 0xFFFF, kinds)
     if found is not None:
-        value = found.limit if a.name == "lsl" else found.raw >> 32 & 0x00F0_FF00
+        value = found.limit if a.name == "lsl" else found.raw >> 32 & 0x00FF_FF00
         a.set_reg(0, value)
     _set_zf(a, found is not None)
 
@@ -340,9 +340,17 @@ def rdpmc(a: Assist) -> None:
     raise GuestFault(GP, 0)
 
 
-@microcode("xgetbv", "xsetbv", "monitor", "mwait", "rsm", "vmcall", "vmmcall", "invpcid", "getsec",
-           "vmxon", "rdrand", "rdseed", "rdpid", "xsave", "xrstor", "xsaveopt", "xsavec", "xsaves",
-           "xrstors", "clflushopt", "clwb")  # fmt: skip
+NOT_OFFERED = """
+    adcx adox aesdec aesdeclast aesenc aesenclast aesimc aeskeygenassist clflushopt clwb getsec
+    invpcid monitor movdir64b movdiri mwait pclmulqdq rdpid rdpkru rdrand rdseed rsm serialize
+    sha1msg1 sha1msg2 sha1nexte sha1rnds4 sha256msg1 sha256msg2 sha256rnds2 vmcall vmclear vmlaunch
+    vmmcall vmptrld vmptrst vmread vmresume vmwrite vmxoff vmxon wrpkru xabort xbegin xend xgetbv
+    xrstor xrstor64 xrstors xrstors64 xsave xsave64 xsavec xsavec64 xsaveopt xsaveopt64 xsaves
+    xsaves64 xsetbv xtest
+"""
+
+
+@microcode(*NOT_OFFERED.split())
 def not_in_model(a: Assist) -> None:
     """Features that CPUID does not offer."""
     raise GuestFault(UD)

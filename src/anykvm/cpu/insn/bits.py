@@ -57,11 +57,6 @@ def bit_scan(i: Insn, name: str) -> None:
     h.flags.set_zf(value.eq(0))
 
 
-@row("tzcnt", feature="bmi1")
-def tzcnt(i: Insn) -> None:
-    _count_zeros(i, "cttz")
-
-
 @row("lzcnt", feature="abm")
 def lzcnt(i: Insn) -> None:
     _count_zeros(i, "ctlz")
@@ -82,10 +77,3 @@ def popcnt(i: Insn) -> None:
     i.ops[0].write(h.intrinsic(f"llvm.ctpop.i{n}", f"i{n}", value))
     no = h.false()
     h.flags.pack(no, no, no, value.eq(0), no, no)
-
-
-@row("andn", feature="bmi1")
-def andn(i: Insn) -> None:
-    result = ~i.ops[1].read() & i.ops[2].read()
-    i.ops[0].write(result)
-    i.h.flags.logic(result)

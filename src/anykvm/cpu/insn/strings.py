@@ -50,14 +50,13 @@ class Strings:
             write_gpr(self.i, number, moved)
 
     def cut_registers(self, *numbers: int) -> None:
-        """With 32-bit addresses in 64-bit mode a count of 0 still clears the upper halves, as
-        processors do.
+        """With 32-bit addresses in 64-bit mode the upper halves go first, also where the count is 0 or
+        the first access faults, as processors do.
         """
         if self.address_bits != 32 or self.legacy:
             return
-        with self.h.If(read_gpr(self.i, RCX, 32).eq(0)):
-            for number in numbers:
-                write_gpr(self.i, number, read_gpr(self.i, number, 32))
+        for number in numbers:
+            write_gpr(self.i, number, read_gpr(self.i, number, 32))
 
     def count_down(self) -> Value:
         left = read_gpr(self.i, RCX, self.address_bits) - 1
