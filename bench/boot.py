@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from anykvm.vmm.initramfs import MARKER, Guest, build
 
 LIMIT = 180.0
 KEPT_OUTPUT = 2000
+START = "from anykvm.cli.main import main; main()"
+COLD, WARM, QEMU = "anykvm, cold", "anykvm, warm", "QEMU TCG"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def seconds_to_marker(command: Sequence[str], environment: Mapping[str, str]) ->
 
 
 def anykvm_command(guests: Guests) -> list[str]:
-    program = (sys.executable, "-m", "anykvm.cli.main", "boot", "--backend", "soft")
+    program = (sys.executable, "-c", START, "boot", "--backend", "soft")
     files = ("--kernel", str(guests.kernel), "--initrd", str(guests.initrd))
     return [*program, *files, "--memory", f"{guests.memory}M"]
 
@@ -91,19 +93,16 @@ def qemu_command(guests: Guests, machine: str) -> list[str] | None:
 def measure(guests: Guests, machine: str, rounds: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of every round, by what was measured."""
     ours, theirs = anykvm_command(guests), qemu_command(guests, machine)
-    found: dict[str, list[float]] = {"anykvm, cold": [], "anykvm, warm": []}
+    found: dict[str, list[float]] = {}
     if theirs is None:
         print(qemu.ABSENT, file=sys.stderr)
     for number in range(rounds):
         cache = {"ANYKVM_CACHE": str(folder / f"cache{number}")}
-        runs: list[tuple[str, Callable[[], float]]] = [
-            ("anykvm, cold", lambda: seconds_to_marker(ours, cache)),
-            ("anykvm, warm", lambda: seconds_to_marker(ours, cache)),
-        ]
+        runs = [(COLD, ours, cache), (WARM, ours, cache)]
         if theirs is not None:
-            runs.append(("QEMU TCG", lambda: seconds_to_marker(theirs, {})))
-        for name, run in runs:
-            seconds = run()
+            runs.append((QEMU, theirs, {}))
+        for name, command, environment in runs:
+            seconds = seconds_to_marker(command, environment)
             found.setdefault(name, []).append(seconds)
             print(f"round {number + 1}: {name} {seconds:.2f} s", file=sys.stderr)
     return found
@@ -112,7 +111,7 @@ def measure(guests: Guests, machine: str, rounds: int, folder: Path) -> dict[str
 def summary(found: Mapping[str, list[float]]) -> dict[str, dict[str, float | list[float] | None]]:
     """Median, all rounds, and the ratio to QEMU where that was measured."""
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    base = medians.get("QEMU TCG")
+    base = medians.get(QEMU)
     return {
         name: {
             "median_seconds": medians[name],
@@ -125,7 +124,7 @@ def summary(found: Mapping[str, list[float]]) -> dict[str, dict[str, float | lis
 
 def show(found: Mapping[str, list[float]]) -> str:
     rows = []
-    base = statistics.median(found["QEMU TCG"]) if "QEMU TCG" in found else None
+    base = statistics.median(found[QEMU]) if QEMU in found else None
     for name, seconds in found.items():
         median = statistics.median(seconds)
         ratio = f"{median / base:.2f}" if base else "-"

@@ -134,9 +134,10 @@ Runner = Callable[[Loop, int], float]
 def rate(loop: Loop, run: Runner, seconds: float, rounds: int) -> float:
     """The loop's rate in its unit: the median of `rounds` runs of about `seconds`."""
     turns = 1
+    run(loop, turns)  # what is compiled the first time
     while (taken := run(loop, turns)) < seconds / 4:
         turns = max(turns * 2, int(turns * min(MOST, seconds / max(taken, 1e-6))))
-    rates = [turns / taken] + [turns / run(loop, turns) for _ in range(rounds - 1)]
+    rates = [turns / run(loop, turns) for _ in range(rounds)]
     return statistics.median(rates) * loop.per_turn / SCALE[loop.unit]
 
 
@@ -167,7 +168,9 @@ def measure(names: list[str], seconds: float, rounds: int) -> list[dict[str, str
 
 def show(records: list[dict[str, str | float | None]]) -> str:
     def cell(value: str | float | None) -> str:
-        return "-" if value is None else value if isinstance(value, str) else f"{value:,.2f}"
+        if value is None or isinstance(value, str):
+            return value or "-"
+        return f"{value:,.2f}" if value >= 0.1 else f"{value:.4f}"
 
     heads = ("loop", "unit", "anykvm", "QEMU TCG", "x QEMU")
     return qemu.table(heads, [[cell(value) for value in record.values()] for record in records])

@@ -14,7 +14,7 @@ ABSENT = (
 
 
 def command(*options: str | Path, machine: str = "pc", memory: int) -> list[str] | None:
-    """A command line for one vCPU and `memory` MiB without any default device; None without QEMU."""
+    """A command line: one vCPU, `memory` MiB, no default device. None where there is no QEMU."""
     program = shutil.which(PROGRAM)
     if program is None:
         return None

@@ -24,7 +24,7 @@ STATUS = {"cf": 0, "pf": 2, "af": 4, "zf": 6, "sf": 7, "of": 11}
 
 @dataclass(frozen=True)
 class X87:
-    """The x87 as FXSAVE shows it: `tag` a bit for each physical register in use, `st` from ST(0)."""
+    """The x87 as FXSAVE shows it: `tag` a bit for each physical register used, `st` from ST(0)."""
 
     cw: int = FCW
     sw: int = 0

@@ -46,7 +46,7 @@ def test_flow(family: str) -> None:
 
 
 def test_every_row_is_compared() -> None:
-    """Each mnemonic of the integer rooms occurs in a case above, or is named as tested elsewhere."""
+    """Each mnemonic of the integer rooms is in a case above, or named as tested elsewhere."""
     codes = {c.code for _, c in integer_cases.all_cases(1)}
     codes |= {c.code for f in flow_cases.FAMILIES.values() for _, c in f(1)}
     seen = {form.name for form in machine().prepare(codes)}

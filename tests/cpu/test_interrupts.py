@@ -167,6 +167,45 @@ def test_a_kick_before_run_returns_at_once() -> None:
     assert cpu.run() is Exit.HLT
 
 
+@pytest.mark.parametrize("text", ["std; rep movsb", "rep stosw", "repe cmpsb", "repne scasb"])
+def test_kicks_in_the_middle_of_a_string_change_nothing(text: str) -> None:
+    """Again and again while it runs: the outcome is that of an undisturbed run."""
+    m = machine()
+    backward = text.startswith("std")
+    source, target, size = SCRATCH + 0x1000, SCRATCH + 0x6000, 0x4000
+    start = size - 1 if backward else 0
+    gpr = {"rsi": source + start, "rdi": target + start, "rcx": size >> ("w" in text), "rax": 0x41}
+    memory = {source: bytes(size), target: bytes(size)}
+    case = Case(
+        assemble(
+            f"mov rbx, 200; 2: mov r8, rsi; mov r9, rdi; mov r10, rcx; {text};"
+            " mov rsi, r8; mov rdi, r9; mov rcx, r10; dec rbx; jnz 2b"
+        ),
+        gpr,
+        memory=memory,
+    )
+    expected = m.execute(case)
+    at = m.load(case)
+    over = threading.Event()
+
+    def kick() -> None:
+        while not over.wait(2e-5):
+            m.cpu.request_exit()
+
+    thread = threading.Thread(target=kick)
+    thread.start()
+    kicks = 0
+    while (reason := m.cpu.run()) is Exit.REQUEST:
+        kicks += 1
+    over.set()
+    thread.join()
+    assert reason is Exit.HLT
+    assert kicks > 2
+    m.cpu.state.exit_request = 0
+    m.cpu._requested = False
+    assert m._result(case, at + len(case.code), 64) == expected
+
+
 def test_an_interrupt_that_becomes_pending_while_running() -> None:
     """Raised and kicked from another thread: the next run returns the window."""
     cpu, _ = _start("1: jmp 1b", 0x202)

@@ -161,4 +161,4 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     assert _run(tmp_path, "f1,f2", "f3", "f4")[0] == 0
     for path in _files(tmp_path):
         assert path.read_bytes().startswith(MAGIC)
-    assert not [p for p in tmp_path.rglob("tmp*")]
+    assert not list(tmp_path.rglob("tmp*"))

@@ -11,16 +11,18 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from anykvm.cpu import dispatch, fpu_image, mmu, mxcsr
-from anykvm.cpu.forms import Form
 from anykvm.cpu.guest import ENTRIES
+from anykvm.cpu.handlers import Handlers
 from anykvm.cpu.ir import Function
 from anykvm.cpu.jit import callable_at, process_jit
 from anykvm.cpu.memory import PAGE, PhysicalMap
 from anykvm.cpu.processor import Cpu
 from anykvm.cpu.state import Exit, Mode, Seg, State
 from anykvm.cpu.translate import MAX_BLOCKS, CodeFull, CodePage, Translator
+from anykvm.cpu.unit_cache import UnitCache
 
 __all__ = ["Cpu", "Engine", "Exit", "State"]
 
@@ -39,7 +41,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 
 class Runtime:
-    """The native routines: addresses for handlers, callables for Python."""
+    """What the engines of a process share: native routines, handlers, units made before."""
 
     def __init__(self) -> None:
         routines = mmu.ROUTINES + dispatch.ROUTINES + fpu_image.ROUTINES + mxcsr.ROUTINES
@@ -48,15 +50,25 @@ class Runtime:
         def make(_: list[str]) -> list[Function]:
             return [r() for r in routines]
 
-        self.address = dict(zip(names, process_jit().addresses(names, make), strict=True))
+        jit = process_jit()
+        self.address = dict(zip(names, jit.addresses(names, make), strict=True))
         self.call: dict[str, Callable[..., int]] = {
             name: callable_at(self.address[name], result, *params, releases_gil=name == "run")
             for name, (result, params) in SIGNATURES.items()
         }
 
+        self.handlers = Handlers(jit)
+        self.units = UnitCache(self.handlers, jit.cache.folder)
+
     def attach(self, state: State) -> None:
         for n, name in enumerate(ENTRIES):
             state.fn[n] = self.address[name]
+
+
+@cache
+def process_runtime() -> Runtime:
+    """The process's one Runtime."""
+    return Runtime()
 
 
 class Gate:
@@ -99,8 +111,8 @@ class Engine:
     """Guest memory and translations of one VM. Methods may be called from any thread."""
 
     def __init__(self) -> None:
-        self.runtime = Runtime()
-        self.translator = Translator(process_jit())
+        self.runtime = process_runtime()
+        self.translator = Translator(self.runtime.handlers, self.runtime.units)
         self.memory = PhysicalMap()
         self.gate = Gate()
         self.cpus: list[Cpu] = []
@@ -158,7 +170,7 @@ class Engine:
     def _restore_code(self, hva: int, size: int) -> None:
         for host, page in self.translator.pages.items():
             if hva <= host < hva + size:
-                self.memory.set_code(host, page.address)
+                self.memory.set_code(host, page.map_address)
 
     def take_dirty(self, gpa: int) -> bytes:
         """Pages of the slot at `gpa` that were written since the last call, a bit a page."""
@@ -195,7 +207,7 @@ class Engine:
         if host in self.translator.pages:
             return
         page = self.translator.pages[host] = CodePage()
-        self.memory.set_code(host, page.address)
+        self.memory.set_code(host, page.map_address)
         for cpu in self.cpus:
             self.runtime.call["protect_page"](cpu.address, host)
 
@@ -226,9 +238,6 @@ class Engine:
         with self.translator.lock:
             self.translator.set_aux(record, target)
 
-    def handler(self, form: Form) -> int:
-        return self.translator.handler(form)
-
     def statistics(self) -> dict[str, float]:
         """Counters of translation: units, instructions, handlers, seconds."""
         t, jit = self.translator, process_jit()
@@ -245,6 +254,7 @@ class Engine:
         """Nothing runs any more; what the tables hold goes with the last reference."""
         with self.stopped():
             self.cpus.clear()
+        self.runtime.units.save()
 
 
 def mmu_top() -> int:

@@ -102,7 +102,7 @@ class Cpu:
         return 3 if self.rflags & Flag.VM else (s.seg[Seg.SS].attr >> 5) & 3
 
     def can_take_interrupt(self) -> bool:
-        """IF is set and neither STI nor MOV SS nor an unfinished instruction holds interrupts off."""
+        """IF is set, and no STI, MOV SS or unfinished instruction holds interrupts off."""
         return bool(self.state.flags & IF) and not (self.in_shadow() or self.mid_instruction())
 
     def in_shadow(self) -> bool:

@@ -2,7 +2,7 @@
 
 The same instruction is met many times, so what `decode` finds out about it is kept: by its bytes,
 or, for what depends on where it stands, by its code (branches) or by its bytes without the
-displacement (RIP-relative operands). A template also remembers its handler's address.
+displacement (RIP-relative operands). A template also remembers its handler's number.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Template:
         "ends",
         "fields",
         "form",
-        "handler",
+        "number",
         "relative",
         "shadow",
     )
 
     def __init__(self, form: Form, fields: bytes = bytes(16), aux: int = 0) -> None:
         self.form, self.fields, self.aux = form, fields, aux
-        self.handler = 0  # address, once compiled
+        self.number = -1  # of the handler, once asked for
         self.back = self
         self.branch = self.conditional = self.counted = self.ends = self.shadow = False
         self.relative = ""  # where a RIP-relative address goes: "disp" or "aux"
 
-    def place(self, value: int, count: int) -> tuple[int, bytes, int]:
-        """Handler, fields and aux for a RIP-relative address and a count of instructions."""
+    def place(self, value: int, count: int) -> tuple[bytes, int]:
+        """Fields and aux for a RIP-relative address and a count of instructions."""
         fields, aux = self.fields, self.aux
         if self.counted:
             fields = fields[:FIELD_B] + count.to_bytes(2, "little") + fields[FIELD_B + 2 :]
@@ -56,7 +56,7 @@ class Template:
             fields = fields[:FIELD_DISP] + disp + fields[FIELD_DISP + 4 :]
         elif self.relative:
             aux = value
-        return self.handler, fields, aux
+        return fields, aux
 
 
 class TemplateDecoder:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import struct
 import threading
 import time
 from array import array
@@ -25,24 +24,22 @@ from typing import NamedTuple
 from anykvm.cpu import insn
 from anykvm.cpu.decode import FormDecoder
 from anykvm.cpu.dispatch import BLOCK_ENTRY, block_slot
-from anykvm.cpu.forms import ROWS, Form, build
+from anykvm.cpu.forms import ROWS, Form
 from anykvm.cpu.guest import RECORD
-from anykvm.cpu.jit import Jit
+from anykvm.cpu.handlers import Handlers
 from anykvm.cpu.state import Mode
 from anykvm.cpu.templates import TemplateDecoder
-from anykvm.cpu.unit import UnitBuilder
+from anykvm.cpu.unit import STEP, UnitBuilder
+from anykvm.cpu.unit_cache import UnitCache, UnitImage
 
 PAGE = 4096
+PAGE_MASK = ~(PAGE - 1)
 MAX_RECORDS = 1 << 23
 MAX_BLOCKS = 1 << 20
 
 ENTRY_WORDS = BLOCK_ENTRY // 8
-WORD = struct.Struct("<Q")
 NO_MODE = 2**64 - 1
 ONES = b"\xff" * PAGE
-CODE_MODE = int(
-    Mode.CODE32 | Mode.CODE64 | Mode.STACK32 | Mode.PROTECTED | Mode.NM | Mode.SSE_UD | Mode.SSE_NM
-)
 
 assert insn.__all__  # imported for the rows that it declares
 
@@ -67,6 +64,7 @@ class CodePage:
     def __init__(self) -> None:
         self._memory = bytearray(8 + 2 * PAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.map_address = self.address + 8
         self.units: list[Unit] = []
 
     def mark(self, start: int, end: int, code: bytes) -> None:
@@ -91,8 +89,8 @@ class CodeFull(Exception):
 class Translator:
     """The translations of one engine. Callers hold `lock`; native code reads the tables without."""
 
-    def __init__(self, jit: Jit) -> None:
-        self.jit = jit
+    def __init__(self, handlers: Handlers, cache: UnitCache) -> None:
+        self.handlers, self.cache = handlers, cache
         self.lock = threading.RLock()
         self._records = mmap.mmap(-1, MAX_RECORDS * RECORD, flags=mmap.MAP_PRIVATE | 0x4000)
         self._rips = mmap.mmap(-1, MAX_RECORDS * 8, flags=mmap.MAP_PRIVATE | 0x4000)
@@ -104,28 +102,18 @@ class Translator:
         # Native code reads words while they are written: `struct` writes byte by byte, this does
         # not.
         self._record_words = memoryview(self._records).cast("Q")
+        self._rip_words = memoryview(self._rips).cast("Q")
         self._table_words = memoryview(self._table).cast("Q")
         self.blocks: dict[tuple[int, int, int], int] = {}
         self.pages: dict[int, CodePage] = {}
         self._next = 1
         self._used = 0
-        self._handlers: dict[Form, int] = {}
+        self._poll, self._seek, self._missing, self._dropped = (
+            handlers.address(Form(name)) for name in ("poll", "seek", "missing", "dropped")
+        )
         self._decoders: dict[int, TemplateDecoder] = {}
         self.units = self.insns = 0
         self.seconds = 0.0
-
-    # Handlers
-    def handler(self, form: Form) -> int:
-        return self.handlers([form])[0]
-
-    def handlers(self, forms: list[Form]) -> list[int]:
-        """Addresses of the handlers of `forms`; those that have to be compiled are one batch."""
-        missing = [f for f in dict.fromkeys(forms) if f not in self._handlers]
-        if missing:
-            by_symbol = {f.symbol: f for f in missing}
-            made = self.jit.addresses(by_symbol, lambda names: [build(by_symbol[n]) for n in names])
-            self._handlers.update(zip(missing, made, strict=True))
-        return [self._handlers[f] for f in forms]
 
     def decoder(self, mode: int) -> TemplateDecoder:
         decoder = self._decoders.get(mode)
@@ -134,20 +122,46 @@ class Translator:
         return decoder
 
     # Records
-    def append(self, records: list[bytes], rips: list[int]) -> int:
-        """Writes a unit's records and their RIPs; gives the address of the first."""
+    def _place(self, image: UnitImage, host: int, mode: int, base: int) -> list[tuple[int, int]]:
+        """Writes a unit's records; gives the RIP and record of each head."""
+        self.handlers.resolve(image.handlers)
+        addresses = self.handlers.addresses
+        words = array("Q", image.records)
+        words[::4] = array("Q", [addresses[n] for n in image.handlers])
+        rips = array("Q", image.rips)
         first = self._next
-        if first + len(records) + 1 >= MAX_RECORDS:
+        heads = [(rip, self.records + (first + n) * RECORD) for rip, n in image.heads]
+        self._link(image, words, rips, dict(heads), host, mode, base)
+        end = first + len(rips)
+        if end >= MAX_RECORDS:
             raise CodeFull
-        self._next = first + len(records)
-        self._records[first * RECORD : self._next * RECORD] = b"".join(records)
-        self._rips[first * 8 : self._next * 8] = array("Q", rips).tobytes()
-        return self.records + first * RECORD
+        self._next = end
+        self._record_words[first * 4 : end * 4] = memoryview(words)
+        self._rip_words[first:end] = memoryview(rips)
+        return heads
 
-    @property
-    def next_record(self) -> int:
-        """Address that the next unit's first record will have."""
-        return self.records + self._next * RECORD
+    def _link(
+        self,
+        image: UnitImage,
+        words: array[int],
+        rips: array[int],
+        own: dict[int, int],
+        host: int,
+        mode: int,
+        base: int,
+    ) -> None:
+        """Gives every branch its target, or a record that goes on to it."""
+        page = (rips[0] + base) & PAGE_MASK
+        for index, target in image.branches:
+            outside = (target + base) & PAGE_MASK != page
+            known = own.get(target) or self.blocks.get((target, host, mode))
+            if known is None or outside or mode & STEP:
+                known = self.records + (self._next + len(rips)) * RECORD
+                branch = self.records + (self._next + index) * RECORD
+                kind = self._poll if mode & STEP else self._seek if outside else self._missing
+                words.extend((kind, 0, 0, branch))
+                rips.append(target)
+            words[index * 4 + 3] = known
 
     def set_aux(self, record: int, aux: int) -> None:
         self._record_words[(record - self.records) // 8 + 3] = aux
@@ -206,43 +220,48 @@ class Translator:
         page = self.pages[host]
         offset = (rip + base) & (PAGE - 1)
         code = ctypes.string_at(host + offset, PAGE - offset)
-        builder = UnitBuilder(self, rip, mode, base, host, code)
         second_host = 0
-        if not builder.collect():
-            # The first instruction crosses into the next page.
-            found = second()
-            if found is None:
-                return None
-            second_host = found
-            builder.collect_one(code + ctypes.string_at(second_host, 16))
-        builder.write()
-        heads = tuple((r, host, mode, record) for r, record in builder.heads)
-        end = min(offset + builder.length, PAGE)
-        page.units.append(Unit(offset, end, heads))
-        page.mark(offset, end, code[: end - offset])
+        image = self.cache.find(rip, mode, code)
+        if image is None:
+            builder = UnitBuilder(self, rip, mode, host, code)
+            if builder.collect():
+                image = builder.image()
+                if not mode & STEP:
+                    self.cache.add(rip, mode, image)
+            else:  # the first instruction crosses into the next page
+                found = second()
+                if found is None:
+                    return None
+                second_host = found
+                builder.collect_one(code + ctypes.string_at(second_host, 16))
+                image = builder.image()
+        placed = self._place(image, host, mode, base)
+        heads = tuple((r, host, mode, record) for r, record in placed)
+        size = len(image.code)
+        page.units.append(Unit(offset, offset + size, heads))
+        page.mark(offset, offset + size, image.code)
         if second_host:
             tail = builder.length - len(code)
             self.pages[second_host].units.append(Unit(0, tail, heads))
             self.pages[second_host].mark(0, tail, ctypes.string_at(second_host, tail))
-        for head_rip, record in builder.heads:
+        for head_rip, record in placed:
             self._publish(head_rip, host, mode, record, second_host)
         self.units += 1
-        self.insns += builder.count
-        return builder.heads[0][1]
+        self.insns += image.instructions
+        return placed[0][1]
 
     def drop(self, host: int, start: int, end: int) -> None:
         """Drops what was translated from bytes `start` to `end` of a host page."""
         page = self.pages.get(host)
         if page is None:
             return
-        dead = self.handler(Form("dropped"))
         for unit in page.take_overlapping(start, end):
             for rip, home, mode, record in unit.heads:
-                self._record_words[(record - self.records) // 8] = dead
+                self._record_words[(record - self.records) // 8] = self._dropped
                 self._withdraw(rip, home, mode, record)
 
     def rip_of(self, record: int) -> int:
-        return int(WORD.unpack_from(self._rips, (record - self.records) >> 2)[0])
+        return self._rip_words[(record - self.records) // RECORD]
 
     def reset(self) -> None:
         """Forgets every translation. No vCPU may be in native code."""

@@ -1,21 +1,21 @@
-"""A unit of translation: its instructions are collected, then written as records."""
+"""A unit of translation: instructions are collected and become records without addresses."""
 
 from __future__ import annotations
 
 import struct
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from iced_x86 import Decoder, Instruction
 
 from anykvm.cpu.forms import Form
-from anykvm.cpu.guest import RECORD
 from anykvm.cpu.state import Mode
 from anykvm.cpu.templates import Template
+from anykvm.cpu.unit_cache import UnitImage
 
 if TYPE_CHECKING:
     from anykvm.cpu.translate import Translator
 
-PAGE_MASK = ~4095
 UNIT_INSNS = 64
 UNIT_BRANCHES = 4
 HEAD = struct.Struct("<Q16sQ")
@@ -25,9 +25,9 @@ CODE_MODE = int(
 STEP, CODE64 = int(Mode.STEP), int(Mode.CODE64)
 
 # What stands between instructions. A link and a seek count what no branch has counted.
-POLL, MISSING = Template(Form("poll")), Template(Form("missing"))
-SEEK, LINK = Template(Form("seek")), Template(Form("link"))
-SEEK.counted = LINK.counted = True
+POLL, SEEK, LINK = Template(Form("poll")), Template(Form("seek")), Template(Form("link"))
+SEEK.counted = LINK.counted = LINK.branch = True
+NO_INSTRUCTION = (POLL, SEEK, LINK)
 
 
 class Step(NamedTuple):
@@ -39,17 +39,13 @@ class Step(NamedTuple):
 
 
 class UnitBuilder:
-    """Collects from `rip`, whose bytes begin `code` (the rest of its page), then writes."""
+    """Collects from `rip`, whose bytes begin `code` (the rest of its page)."""
 
-    def __init__(
-        self, t: Translator, rip: int, mode: int, base: int, host: int, code: bytes
-    ) -> None:
+    def __init__(self, t: Translator, rip: int, mode: int, host: int, code: bytes) -> None:
         self.t, self.rip, self.mode, self.host, self.code = t, rip, mode, host, code
-        self.base = base
         self.mask = 2**64 - 1 if mode & CODE64 else 2**32 - 1
         self.templates = t.decoder(mode & CODE_MODE)
         self.steps: list[Step] = []
-        self.heads: list[tuple[int, int]] = []  # RIP and record address
         self.length = 0  # bytes
         self.count = 0  # instructions
         self._entries: list[int] = []  # which steps are heads
@@ -67,8 +63,8 @@ class UnitBuilder:
         branches, fresh, shadow = 0, True, False
         while self.count < limit and branches <= UNIT_BRANCHES and self.length < len(code):
             at = self.at
-            if fresh and self.count and (target := blocks.get((at, self.host, self.mode))):
-                steps.append(Step(LINK, at, target))
+            if fresh and self.count and (at, self.host, self.mode) in blocks:
+                steps.append(Step(LINK, at, at))
                 return True
             found = self.templates.decode(decoder, i, code, self.length)
             if found is None:
@@ -106,66 +102,29 @@ class UnitBuilder:
         """On to the next instruction by a look-up (a poll when stepping)."""
         self.steps.append(Step(POLL if self.mode & STEP else SEEK, self.at, 0))
 
-    def write(self) -> None:
-        """Makes records of the steps; sets `heads`."""
-        self._resolve()
-        first = self.t.next_record
+    def image(self) -> UnitImage:
+        """The unit as records without addresses."""
+        number = self.t.handlers.number
+        handlers: list[int] = []
         records: list[bytes] = []
-        rips: list[int] = []
-        branches: list[tuple[int, int]] = []  # index of a branch's record, its target
+        branches: list[tuple[int, int]] = []
         uncounted = 0
-        for template, rip, value in self.steps:
-            uncounted += 1
+        for template, _, value in self.steps:
+            uncounted += template not in NO_INSTRUCTION
+            if template.number < 0:
+                template.number = number(template.form)
             if template.branch:
                 branches.append((len(records), value & self.mask))
-            if template is LINK:
-                uncounted -= 1
-                records.append(HEAD.pack(LINK.handler, _count_field(uncounted), value))
-            else:
-                uncounted -= template is SEEK or template is POLL
-                records.append(HEAD.pack(*template.place(value, uncounted)))
-            rips.append(rip)
+            handlers.append(template.number)
+            records.append(HEAD.pack(0, *template.place(value, uncounted)))
             if template.counted:
                 uncounted = 0
-        self.heads = [(self.steps[n].rip, first + n * RECORD) for n in self._entries]
-        self._link(first, records, rips, branches)
-        self.t.append(records, rips)
-
-    def _resolve(self) -> None:
-        """Handlers of all templates; those that have to be compiled are one batch."""
-        wanted = [s.template for s in self.steps] + [POLL, SEEK, LINK, MISSING]
-        missing = {t.form: t for t in wanted if not t.handler}
-        if missing:
-            addresses = self.t.handlers(list(missing))
-            known = dict(zip(missing, addresses, strict=True))
-            for t in wanted:
-                t.handler = t.handler or known[t.form]
-
-    def _link(
-        self, first: int, records: list[bytes], rips: list[int], branches: list[tuple[int, int]]
-    ) -> None:
-        """Gives every branch its target, or a record that finds it."""
-        own = dict(self.heads)
-        page = (self.rip + self.base) & PAGE_MASK
-        for index, target in branches:
-            stub = own.get(target) or self.t.blocks.get((target, self.host, self.mode))
-            outside = (target + self.base) & PAGE_MASK != page
-            if stub is None or outside or self.mode & STEP:
-                stub = first + len(records) * RECORD
-                branch = first + index * RECORD
-                records.append(self._finder(branch, outside=outside))
-                rips.append(target)
-            handler, fields, _ = HEAD.unpack(records[index])
-            records[index] = HEAD.pack(handler, fields, stub)
-
-    def _finder(self, branch: int, *, outside: bool) -> bytes:
-        """A record that goes on to its RIP, which is a branch's target."""
-        if self.mode & STEP:
-            return HEAD.pack(*POLL.place(0, 0))
-        if outside:
-            return HEAD.pack(*SEEK.place(0, 0))
-        return HEAD.pack(MISSING.handler, MISSING.fields, branch)
-
-
-def _count_field(count: int) -> bytes:
-    return b"\0\0" + count.to_bytes(2, "little") + bytes(12)
+        return UnitImage(
+            self.code[: self.length],
+            self.count,
+            tuple(handlers),
+            b"".join(records),
+            array("Q", [s.rip for s in self.steps]).tobytes(),
+            tuple(branches),
+            tuple((self.steps[n].rip, n) for n in self._entries),
+        )

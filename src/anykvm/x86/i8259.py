@@ -233,8 +233,8 @@ class Pic:
     def _update(self) -> None:
         if self._get_irq(1) is not None:
             # An edge, so that the master latches it whatever the line did before.
-            self.pics[0].set_line(CASCADE, True)
-            self.pics[0].set_line(CASCADE, False)
+            for level in (False, True, False):
+                self.pics[0].set_line(CASCADE, level)
         self._set_output(self._get_irq(0) is not None)
 
     def _intack(self, chip: int, irq: int) -> None:
