@@ -21,14 +21,10 @@ SAY_READY = b"".join(
 READY = b"\x66\xba\xf8\x03" + SAY_READY  # mov dx, 0x3f8
 SPIN = READY + b"\xeb\xfe"  # jmp $
 TRIPLE_FAULT = READY + bytes.fromhex(
-    "6a006a00"  # push 0; push 0
-    "0f011c24"  # lidt [rsp]
-    "cc"  #       int3
-)
-UNKNOWN_INSTRUCTION = READY + bytes.fromhex(
-    "0f20e0"  #     mov rax, cr4
-    "480d00000400"  # or rax, 0x40000   CR4.OSXSAVE
-    "0f22e0"  #     mov cr4, rax
+    "bc00008001"  # mov esp, 0x1800000
+    "6a006a00"  #   push 0; push 0
+    "0f011c24"  #   lidt [rsp]           no gate for any vector
+    "0f0b"  #       ud2
 )
 
 

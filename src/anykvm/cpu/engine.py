@@ -177,9 +177,10 @@ class Engine:
         return self.memory.take_dirty(gpa)
 
     # Translations
-    def translate(self, cpu: Cpu, rip: int, mode: int) -> int | None:
-        """The record for `rip`, translated if need be; None where fetching faults (noted in the
-        state).
+    def translate(self, cpu: Cpu, rip: int, mode: int, link: int = 0) -> int | None:
+        """The record for `rip`, translated if need be, with the record `link` leading to it.
+
+        None where fetching faults (noted in the state).
         """
         base = 0 if mode & Mode.CODE64 else cpu.state.seg[Seg.CS].base
         host = cpu.fetch_page(rip + base)
@@ -188,12 +189,15 @@ class Engine:
         with self.translator.lock:
             self._mark(host)
             try:
-                return self.translator.translate(
+                record = self.translator.translate(
                     rip, mode, base, host, lambda: self._second(cpu, rip + base)
                 )
+                if link and record is not None:
+                    self.translator.set_aux(link, record)
+                return record
             except CodeFull:
                 pass
-        self.forget_all()
+        self.forget_all()  # and with everything else the record that was to be linked
         return self.translate(cpu, rip, mode)
 
     def _second(self, cpu: Cpu, rip: int) -> int | None:
@@ -233,10 +237,6 @@ class Engine:
             for host in self.translator.pages:
                 self.memory.set_code(host, 0)
             self.translator.reset()
-
-    def link(self, record: int, target: int) -> None:
-        with self.translator.lock:
-            self.translator.set_aux(record, target)
 
     def statistics(self) -> dict[str, float]:
         """Counters of translation: units, instructions, handlers, seconds."""

@@ -217,12 +217,8 @@ class Cpu:
 
     def _translate(self) -> Exit | None:
         s = self.state
-        rip, link = s.rip, s.link_from
-        record = self.engine.translate(self, rip, s.mode)
-        if record is None:
+        if self.engine.translate(self, s.rip, s.mode, s.link_from) is None:
             return self._noted()
-        if link:
-            self.engine.link(link, record)
         return None
 
     def _noted(self) -> Exit | None:

@@ -50,8 +50,8 @@ class Strings:
             write_gpr(self.i, number, moved)
 
     def cut_registers(self, *numbers: int) -> None:
-        """With 32-bit addresses in 64-bit mode the upper halves go first, also where the count is 0 or
-        the first access faults, as processors do.
+        """With 32-bit addresses in 64-bit mode the upper halves go first, also where the count is
+        0 or the first access faults, as processors do.
         """
         if self.address_bits != 32 or self.legacy:
             return

@@ -1,0 +1,128 @@
+"""`anykvm boot` at a terminal: one guest with two processors, looked at from inside and outside.
+
+The tests share the guest; the last one ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+from anykvm.vmm.images import Images
+
+from .process import Anykvm
+from .terminal import COLUMNS, CTRL_C, PROMPT, ROWS, Terminal
+
+HOG = "(i=0; while [ $i -lt 150000 ]; do i=$((i+1)); done)"
+JIFFIES_PER_SECOND = 100
+CPU_LINE = re.compile(r"^cpu(\d) (.*)", re.MULTILINE)
+
+
+def test_what_it_says_at_first(shell: Terminal) -> None:
+    lines = shell.shown.decode().split("\r\n")
+    assert re.fullmatch(r"anykvm: KVM: soft \(.*\); 2 CPU, 512 MiB; Ctrl-A X leaves", lines[0])
+    assert "anykvm: /init" in lines
+
+
+def test_a_command(shell: Terminal, images: Images) -> None:
+    assert shell.shell("uname -r; nproc") == f"{images.release}\n2\n"
+    assert shell.shell("stty size").strip() == f"{ROWS} {COLUMNS}"
+
+
+def test_descriptors_and_threads_as_of_any_kvm_process(shell: Terminal) -> None:
+    folder = Path(f"/proc/{shell.process.pid}")
+    links = [str(path.readlink()) for path in (folder / "fd").iterdir()]
+    names = [re.sub(r"/memfd:(.*) \(deleted\)", r"\1", link) for link in links]
+    for name in ("kvm", "kvm-vm", "kvm-vcpu:0", "kvm-vcpu:1"):
+        assert names.count(name) == 1, names
+    comms = [(task / "comm").read_text().strip() for task in (folder / "task").iterdir()]
+    assert {"CPU 0/KVM", "CPU 1/KVM", "IO/anykvm"} <= set(comms)
+
+
+def test_ps_lists_it(shell: Terminal, anykvm: Anykvm) -> None:
+    listed = json.loads(anykvm.run("ps", "--json").out)
+    (found,) = (record for record in listed if record["pid"] == shell.process.pid)
+    assert (found["backend"], found["vms"], found["vcpus"]) == ("soft", 1, 2)
+    assert found["memory"] == 512 << 20
+    assert {"CPU 0/KVM", "CPU 1/KVM"} <= set(found["threads"])
+    table = anykvm.run("ps").out
+    (row,) = (line for line in table.splitlines() if line.split()[:1] == [str(shell.process.pid)])
+    assert "512 MiB" in row
+    assert "kvm-vcpu:1" in row
+    assert "CPU 1/KVM" in row
+    assert "boot --backend soft --cpus 2" in row
+
+
+def test_floating_point(shell: Terminal) -> None:
+    numbers = "1/3, exp(1), sqrt(2)*sin(1), log(10)/atan2(1,3), 2^60+0.5, int(-7.9)"
+    printed = shell.shell(
+        f"awk 'BEGIN {{ printf \"%.15g %.15g %.15g %.15g %.15g %d\", {numbers} }}'"
+    )
+    values = (1 / 3, math.e, math.sqrt(2) * math.sin(1), math.log(10) / math.atan2(1, 3), 2.0**60)
+    assert printed.split() == [*(f"{value:.15g}" for value in values), "-7"]
+
+
+def test_the_clock_is_the_hosts(shell: Terminal) -> None:
+    guest = int(shell.shell("date +%s"))
+    assert abs(guest - time.time()) < 10
+
+
+def test_a_second_takes_a_second(shell: Terminal) -> None:
+    began = time.monotonic()
+    uptimes = shell.shell("cat /proc/uptime; sleep 2; cat /proc/uptime")
+    took = time.monotonic() - began
+    before, after = (float(line.split()[0]) for line in uptimes.splitlines())
+    assert 2.0 <= after - before <= took + 0.02
+    assert took < 8
+
+
+def test_ctrl_c_ends_the_program_in_the_foreground(shell: Terminal) -> None:
+    shell.type(b"sleep 1000\r")
+    shell.expect(re.compile(rb"sleep 1000\r\n"))
+    time.sleep(0.5)
+    shell.type(CTRL_C)
+    shell.expect(PROMPT, 20)
+    assert shell.shell("true") == ""
+
+
+def busy(shell: Terminal) -> dict[str, int]:
+    """Each processor's time in user mode, in jiffies."""
+    return {
+        cpu: int(rest.split()[0]) for cpu, rest in CPU_LINE.findall(shell.shell("cat /proc/stat"))
+    }
+
+
+def host_seconds(pid: int) -> dict[str, float]:
+    """Processor time that each thread has had from the host."""
+    found: dict[str, float] = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        found[name] = int(rest.split()[11]) / JIFFIES_PER_SECOND
+    return found
+
+
+def test_both_processors_work_at_once(shell: Terminal) -> None:
+    pid = shell.process.pid
+    before, host_before = busy(shell), host_seconds(pid)
+    began = time.monotonic()
+    shell.shell(f"{HOG} & {HOG}; wait")
+    took = time.monotonic() - began
+    after, host_after = busy(shell), host_seconds(pid)
+    for cpu in "01":
+        jiffies = after[cpu] - before[cpu]
+        assert jiffies > 0.5 * took * JIFFIES_PER_SECOND, (cpu, jiffies, took)
+    threads = [f"CPU {cpu}/KVM" for cpu in "01"]
+    had = [host_after[name] - host_before[name] for name in threads]
+    assert min(had) > 0.2 * took, (had, took)
+
+
+def test_a_panic_is_shown_and_has_a_status_of_its_own(shell: Terminal) -> None:
+    shell.type(b"echo c >/proc/sysrq-trigger\r")
+    assert shell.end() == 121
+    shown = shell.shown.decode(errors="replace")
+    assert "Kernel panic - not syncing: sysrq triggered crash" in shown
+    assert shown.rstrip().endswith("anykvm: the guest's kernel panicked")
+    assert shell.attributes() == shell.before
