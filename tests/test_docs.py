@@ -36,6 +36,7 @@ VARYING = (
 
 SERIAL_PORT_OUT = "66 ba f8 03  b0 5b  ee"  # mov dx, 0x3f8; mov al, '['; out dx, al
 EXIT_PORT_OUT = "66 ba f4 00  b0 00  ee"  # mov dx, 0xf4; mov al, 0; out dx, al
+COUNT = "b9 00 00 00 04  ff c9  75 fc"  # mov ecx, 1 << 26; dec ecx; jnz: the other CPU gets to run
 FOREVER = "eb fe"
 ENTRY = 0x200
 
@@ -119,7 +120,7 @@ def blocks(name: str) -> list[str]:
 
 def test_the_article_shows_lines_of_a_trace(tmp_path):
     output = tmp_path / "trace"
-    code = SERIAL_PORT_OUT + EXIT_PORT_OUT + FOREVER
+    code = SERIAL_PORT_OUT + COUNT + EXIT_PORT_OUT + FOREVER
     command = boot(tmp_path, code, "trace", "--output", str(output), "--")
     ran = subprocess.run(
         command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=120
@@ -156,4 +157,4 @@ def test_the_article_shows_descriptors_and_threads(tmp_path):
                 time.sleep(0.01)
             assert comms <= threads(running.pid)
         finally:
-            running.terminate()
+            running.kill()

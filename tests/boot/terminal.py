@@ -18,7 +18,7 @@ from typing import Any, Self
 from .process import PATIENCE, Anykvm
 
 ROWS, COLUMNS = 40, 200
-PROMPT = re.compile(rb"# \Z")
+PROMPT = re.compile(rb"# (?:\x1b\[6n)?\Z")
 STATUS = re.compile(rb"\r\n=(\d+)=\r\n")
 CTRL_A, CTRL_C = b"\x01", b"\x03"
 

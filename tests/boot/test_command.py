@@ -8,7 +8,7 @@ import re
 
 from anykvm.vmm.images import Images
 
-from .process import Result
+from .process import Anykvm, Result
 
 
 def test_its_output_is_all_there_is(report: Result, images: Images) -> None:
@@ -36,3 +36,14 @@ def test_statistics_for_programs(report: Result) -> None:
     assert (record["outcome"], record["status"]) == ("exit", 7)
     assert record["cpu"]["instructions_executed"] > 100_000_000
     assert record["exit"]["KVM_EXIT_IO"] >= record["port"]["0x03f8 out"] > len(report.out)
+
+
+def test_a_kernel_without_an_init_panics(report: Result, anykvm: Anykvm) -> None:
+    """No messages but a panic's reach the console, and they say what is wrong."""
+    assert report.status == 7
+    arguments = ["boot", "--backend", "soft", "--append", "rdinit=/nowhere init=/nowhere"]
+    result = anykvm.run(*arguments, "--exec", "true")
+    assert result.status == 121
+    assert "Kernel panic - not syncing: " in result.out
+    assert "Call Trace:" in result.out
+    assert result.complaint == "anykvm: the guest's kernel panicked"

@@ -1,4 +1,4 @@
-"""Kernels of a few instructions in a bzImage: what `anykvm boot` does around a guest, without Linux.
+"""Kernels of a few instructions in a bzImage: what `anykvm boot` does around a guest, not Linux.
 
 The file follows the Linux/x86 boot protocol (Documentation/arch/x86/boot.rst), 64-bit entry.
 """
@@ -26,6 +26,7 @@ TRIPLE_FAULT = READY + bytes.fromhex(
     "0f011c24"  #   lidt [rsp]           no gate for any vector
     "0f0b"  #       ud2
 )
+NO_CODE = READY + b"\xb8\x00\x00\x00\xd0\xff\xe0"  # mov eax, 0xd0000000; jmp rax
 
 
 def exit_with(status: int) -> bytes:

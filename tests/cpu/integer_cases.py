@@ -192,9 +192,8 @@ def bit_instructions() -> Iterator[Line]:
     yield from lines_of("bt", "r,r m,r r,b m,b", sizes, undefined=BIT_TEST)
     yield from lines_of("bts btr btc", "r,r m,r r,b m,b", sizes, lock=True, undefined=BIT_TEST)
     yield from lines_of("bsf bsr", "r,r r,m", sizes, undefined=BIT_SCAN)
-    yield from lines_of("tzcnt lzcnt", "r,r r,m", sizes, undefined=BIT_TEST)
+    yield from lines_of("lzcnt", "r,r r,m", sizes, undefined=BIT_TEST)
     yield from lines_of("popcnt", "r,r r,m", sizes)
-    yield from lines_of("andn", "r,r,r r,r,m", (32, 64), undefined=bits("af", "pf"))
     for size in SIZES:
         for source in (register(2, size), operands(size, "m", 0)):
             yield Line(f"crc32 {'rax' if size == 64 else 'eax'}, {source}", "crc32", size)

@@ -193,7 +193,7 @@ def test_kicks_in_the_middle_of_a_string_change_nothing(text: str) -> None:
         while not over.wait(2e-5):
             m.cpu.request_exit()
 
-    thread = threading.Thread(target=kick)
+    thread = threading.Thread(target=kick, daemon=True)
     thread.start()
     kicks = 0
     while (reason := m.cpu.run()) is Exit.REQUEST:
@@ -216,7 +216,7 @@ def test_an_interrupt_that_becomes_pending_while_running() -> None:
         cpu.pending_interrupt(True)
         cpu.request_exit()
 
-    thread = threading.Thread(target=raise_interrupt)
+    thread = threading.Thread(target=raise_interrupt, daemon=True)
     thread.start()
     assert cpu.run() is Exit.REQUEST
     thread.join()
@@ -265,7 +265,8 @@ def test_locked_instructions_are_atomic_between_vcpus(text: str) -> None:
     machine().write(counter, bytes(24))
     ended: list[Exit] = []
     threads = [
-        threading.Thread(target=lambda cpu=cpu: ended.append(cpu.run())) for cpu in (first, second)
+        threading.Thread(target=lambda cpu=cpu: ended.append(cpu.run()), daemon=True)
+        for cpu in (first, second)
     ]
     for thread in threads:
         thread.start()
@@ -284,7 +285,7 @@ def test_code_changed_by_one_vcpu_is_seen_by_the_other() -> None:
     m.load(Case(assemble("jmp rbx"), {"rbx": at}))
     second = _twin()
     ended: list[Exit] = []
-    thread = threading.Thread(target=lambda: ended.append(second.run()))
+    thread = threading.Thread(target=lambda: ended.append(second.run()), daemon=True)
     thread.start()
     time.sleep(0.02)
     cpu, _ = _start("mov word ptr [rbx], 0x9090", rbx=at + 3)

@@ -240,7 +240,7 @@ ENDS = [
         exit_with(INTERNAL, bare_emulation_failure),
         OutcomeKind.INTERNAL_ERROR,
         123,
-        "not implemented, at 0x10:0x1234",
+        "cannot be emulated, at 0x10:0x1234",
     ),
     (exit_with(INTERNAL, delivery_failure), OutcomeKind.INTERNAL_ERROR, 123, "being delivered"),
     (

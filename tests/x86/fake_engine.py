@@ -71,6 +71,13 @@ class FakeCpu:
     def in_shadow(self) -> bool:
         return bool(self.state.shadow)
 
+    def mid_instruction(self) -> bool:
+        return False
+
+    def finish_instruction(self) -> None:
+        """The next scripted step is past whatever held events off."""
+        self.state.shadow = 0
+
     def inject_interrupt(self, vector: int) -> None:
         self.rflags &= ~IF
         self.log.append(("interrupt", vector))

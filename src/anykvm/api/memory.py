@@ -1,12 +1,17 @@
-"""Guest memory: anonymous memory of ours that a memory slot shows the guest."""
+"""Guest memory: pages of ours that a memory slot shows the guest.
+
+They belong to a memfd named `guest-memory`, so that /proc/PID/maps tells them from all else.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any, TypeVar
 
 from anykvm import fs
 
+NAME = "guest-memory"
 CData = TypeVar("CData", bound="ctypes.Structure | ctypes.Union | ctypes.Array[Any]")
 
 
@@ -20,10 +25,9 @@ class GuestMemory:
     def __init__(self, size: int, addr: int = 0) -> None:
         if size <= 0 or size % fs.PAGE_SIZE or addr % fs.PAGE_SIZE:
             raise ValueError(f"guest memory is whole pages: not {size:#x} bytes at {addr:#x}")
-        flags = fs.MAP_PRIVATE | fs.MAP_ANONYMOUS | fs.MAP_NORESERVE
         self.addr = addr
         self.size = size
-        self._mapping = fs.Mapping(size, fs.PROT_READ | fs.PROT_WRITE, flags)
+        self._mapping = _pages(size)
         self._bytes = memoryview(self._mapping.buffer).cast("B")
 
     @property
@@ -64,3 +68,13 @@ class GuestMemory:
 
     def __repr__(self) -> str:
         return f"<GuestMemory {self.addr:#x}+{self.size:#x} at {self.userspace_addr:#x}>"
+
+
+def _pages(size: int) -> fs.Mapping:
+    """Mapped, with no descriptor left open; OSError where there is no room for them."""
+    fd = os.memfd_create(NAME, os.MFD_CLOEXEC)
+    try:
+        os.truncate(fd, size)
+        return fs.Mapping(size, fs.PROT_READ | fs.PROT_WRITE, fs.MAP_SHARED | fs.MAP_NORESERVE, fd)
+    finally:
+        os.close(fd)

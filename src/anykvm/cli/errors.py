@@ -35,9 +35,9 @@ MEANINGS: dict[Status, str] = {
 
 
 class CommandError(Exception):
-    """Ends the command: one line for standard error, and the exit status."""
+    """Ends the command: one line for standard error, and the exit status (128 + a signal's too)."""
 
-    def __init__(self, message: str, status: Status = Status.USAGE) -> None:
+    def __init__(self, message: str, status: int = Status.USAGE) -> None:
         super().__init__(message)
         self.status = status
 

@@ -21,7 +21,14 @@ from anykvm.vmm.images import ImageError, Images, obtain
 from anykvm.vmm.initramfs import Guest, build
 from anykvm.vmm.machine import Machine, MachineError, RunResult
 from anykvm.vmm.outcome import Outcome, OutcomeKind
-from anykvm.vmm.terminal import Keyboard, ending_signals, is_terminal, raw_mode, size_of
+from anykvm.vmm.terminal import (
+    EndedBySignal,
+    Keyboard,
+    ending_signals,
+    is_terminal,
+    raw_mode,
+    size_of,
+)
 
 STDIN, STDOUT = 0, 1
 MIB = 1 << 20
@@ -50,17 +57,24 @@ class Choices:
 @contextmanager
 def running(chosen: Choices) -> Iterator[tuple[Machine, RunResult]]:
     """Obtain what is missing, boot, run the guest to its end; yields before all is closed."""
-    with ExitStack() as stack:
-        stack.enter_context(ending_signals())
-        prepared = _prepare_demo(chosen) if chosen.demo else _prepare(chosen, stack)
-        if chosen.command is None:
-            options = prepared.options
-            size = f"{options.cpus} CPU, {options.memory // MIB} MiB"
-            leave = "Ctrl-A X" if chosen.interactive else "Ctrl-C"
-            say(f"{backend_text(chosen)}; {size}; {leave} leaves")
-        console = Console(STDOUT)
-        machine = stack.enter_context(_build(prepared, console))
-        yield machine, _run(machine, console, chosen)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(ending_signals())
+            prepared = _prepare_demo(chosen) if chosen.demo else _prepare(chosen, stack)
+            if chosen.command is None:
+                _greet(prepared, chosen)
+            console = Console(STDOUT)
+            machine = stack.enter_context(_build(prepared, console))
+            yield machine, _run(machine, console, chosen)
+    except EndedBySignal as end:
+        raise CommandError(f"ended by {end.name}", end.status) from None
+
+
+def _greet(prepared: Boot | Demo, chosen: Choices) -> None:
+    options = prepared.options
+    size = f"{options.cpus} CPU, {options.memory // MIB} MiB"
+    leave = "Ctrl-A X" if chosen.interactive else "Ctrl-C"
+    say(f"{backend_text(chosen)}; {size}; {leave} leaves")
 
 
 def default_cpus(demo: bool) -> int:

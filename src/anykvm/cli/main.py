@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -15,6 +16,7 @@ from anykvm import __version__
 from anykvm.cli.boot import boot
 from anykvm.cli.errors import CommandError, Refusal, Status, epilog
 from anykvm.cli.ps import ps
+from anykvm.cli.remarks import show_remarks
 from anykvm.cli.trace import trace
 
 P = ParamSpec("P")
@@ -24,18 +26,25 @@ SHOW_TRACEBACK = "ANYKVM_DEBUG"
 
 @dataclass(frozen=True)
 class Command:
-    """A row: its name, the function whose parameters are its options, how it parses."""
+    """A row: its name, the function whose parameters are its options, what it is in a few words,
+    what follows the options in its help, how it parses."""
 
     name: str
     function: Callable[..., Any]
+    summary: str = ""
     epilog: str = ""
     context: dict[str, Any] = field(default_factory=dict)
 
 
 COMMANDS = (
-    Command("boot", boot, epilog()),
-    Command("ps", ps),
-    Command("trace", trace, context={"allow_interspersed_args": False}),
+    Command("boot", boot, "Boot Linux to a shell, or for one command.", epilog()),
+    Command("ps", ps, "List the processes that use KVM."),
+    Command(
+        "trace",
+        trace,
+        "Show every call that another command makes.",
+        context={"allow_interspersed_args": False},
+    ),
 )
 
 
@@ -64,14 +73,17 @@ def app() -> typer.Typer:
     )
     parser.callback()(_options)
     for row in COMMANDS:
-        parser.command(row.name, epilog=row.epilog or None, context_settings=row.context)(
-            _interruptible(row.function)
-        )
+        parser.command(
+            row.name,
+            short_help=row.summary or None,
+            epilog=row.epilog or None,
+            context_settings=row.context,
+        )(_with_last_words(row.function))
     return parser
 
 
-def _interruptible(function: Callable[P, R]) -> Callable[P, R]:
-    """Ctrl-C as an error of the command's; typer would end without a word."""
+def _with_last_words(function: Callable[P, R]) -> Callable[P, R]:
+    """Ctrl-C and a closed pipe as errors of the command; typer would end without a word."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -79,6 +91,10 @@ def _interruptible(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except KeyboardInterrupt:
             raise CommandError("interrupted", Status.INTERRUPTED) from None
+        except BrokenPipeError:
+            # Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise CommandError("nobody reads the output", Status.INTERNAL_ERROR) from None
 
     return call
 
@@ -90,10 +106,6 @@ def run(arguments: Sequence[str]) -> int:
         status = status if arguments else Status.USAGE
     except CommandError as error:
         return _fail(str(error), error.status)
-    except BrokenPipeError:
-        # Who read our output has gone; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _fail("nobody reads the output", Status.INTERNAL_ERROR)
     except Exception as error:
         return _unexpected(error)
     return int(status or 0)
@@ -101,20 +113,24 @@ def run(arguments: Sequence[str]) -> int:
 
 def _unexpected(error: Exception) -> int:
     if isinstance(error, Refusal):
-        return _fail(f"{error.format_message().rstrip('.')}. See anykvm --help.", error.exit_code)
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "anykvm"
+        return _fail(f"{error.format_message().rstrip('.')}. See {path} --help.", error.exit_code)
     if os.environ.get(SHOW_TRACEBACK):
         raise error
     kind = type(error).__name__
-    return _fail(
-        f"internal error: {kind}: {error} ({SHOW_TRACEBACK}=1 shows where)", Status.INTERNAL_ERROR
-    )
+    what = f"{kind}: {error}" if str(error) else kind
+    return _fail(f"internal error: {what} ({SHOW_TRACEBACK}=1 shows where)", Status.INTERNAL_ERROR)
 
 
 def _fail(message: str, status: int) -> int:
-    print("anykvm:", " ".join(message.split()), file=sys.stderr)
+    # A terminal that was hung up takes no last words.
+    with suppress(OSError):
+        print("anykvm:", " ".join(message.split()), file=sys.stderr)
     return int(status)
 
 
 def main() -> None:
     """The console script."""
+    show_remarks()
     sys.exit(run(sys.argv[1:]))

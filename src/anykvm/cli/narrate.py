@@ -76,6 +76,10 @@ def value_text(value: Any) -> str:
         return str(value) if abs(value) < DECIMAL_BELOW else f"{value:#x}"
     if isinstance(value, File):
         return value.f_path
+    if isinstance(value, bytes):
+        return value.hex(" ")
+    if isinstance(value, tuple):
+        return f"({', '.join(map(value_text, value))})"
     return value if isinstance(value, str) else repr(value)
 
 

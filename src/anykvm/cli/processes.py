@@ -97,15 +97,16 @@ def _inode(path: Path) -> int:
 
 
 def _describe(folder: Path, descriptors: tuple[Descriptor, ...]) -> KvmProcess:
+    vms = _count(descriptors, "kvm-vm")
     return KvmProcess(
         pid=int(folder.name),
         user=_user(folder.stat().st_uid),
         command=_command(folder),
         backend="+".join(sorted({d.backend for d in descriptors})),
-        vms=_count(descriptors, "kvm-vm"),
+        vms=vms,
         vcpus=_count(descriptors, "kvm-vcpu:"),
         threads=_threads(folder / "task"),
-        memory=guest_memory((folder / "maps").read_text()),
+        memory=guest_memory((folder / "maps").read_text()) if vms else 0,
         descriptors=descriptors,
     )
 

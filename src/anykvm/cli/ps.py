@@ -6,25 +6,31 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from anykvm.cli.processes import Descriptor, KvmProcess
 
+Justify = Literal["left", "right"]
+Overflow = Literal["fold", "ellipsis"]
+
 MIB = 1 << 20
-COLUMNS = (
-    ("PID", "right"),
-    ("USER", "left"),
-    ("KVM", "left"),
-    ("VMS", "right"),
-    ("VCPUS", "right"),
-    ("MEMORY", "right"),
-    ("DESCRIPTORS", "left"),
-    ("THREADS", "left"),
-    ("COMMAND", "left"),
+COLUMNS: tuple[tuple[str, Justify, Overflow], ...] = (
+    ("PID", "right", "fold"),
+    ("USER", "left", "fold"),
+    ("KVM", "left", "fold"),
+    ("VMS", "right", "fold"),
+    ("VCPUS", "right", "fold"),
+    ("MEMORY", "right", "fold"),
+    ("DESCRIPTORS", "left", "fold"),
+    ("THREADS", "left", "fold"),
+    ("COMMAND", "left", "ellipsis"),
 )
+"""Heading, and how a cell is set and what becomes of text that is too long for the terminal."""
+
+PIPE_WIDTH = 10_000
 
 
 def ps(
@@ -54,11 +60,16 @@ def _print_table(processes: list[KvmProcess]) -> None:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name, justify in COLUMNS:
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for name, justify, overflow in COLUMNS:
+        whole = overflow == "ellipsis"
+        table.add_column(
+            name, justify=justify, overflow=overflow, no_wrap=whole, min_width=len(name)
+        )
     for process in processes:
         table.add_row(*_cells(process))
-    Console(markup=False, highlight=False, soft_wrap=False).print(table)
+    # What goes to a pipe is for grep: each process in one line.
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    Console(markup=False, highlight=False, width=width).print(table)
 
 
 def _cells(process: KvmProcess) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ class Cpu:
         self._call = engine.runtime.call
         self._requested = False
         self._shutdown = False
+        self._one_first = False
         self._completion: Callable[[bytes], None] | None = None  # of a string I/O instruction
         self._outs: bytes | None = None  # what OUTS sends
         self.on_advance: Callable[[], None] | None = None  # the rest of the instruction that left
@@ -169,6 +170,10 @@ class Cpu:
         self.state.stay = self.engine.next_stay()
         self.state.jump_key += 1 << 32
 
+    def finish_instruction(self) -> None:
+        """The next `run` executes the one instruction that holds events off, and says REQUEST."""
+        self._one_first = True
+
     # Running
     def run(self) -> Exit:
         """Executes the guest until the caller is needed."""
@@ -185,6 +190,9 @@ class Cpu:
             try:
                 if self.state.mode & STEP:
                     found = self._step()
+                elif self._one_first:
+                    self._one_first = False
+                    found = self._out_of_shadow() or Exit.REQUEST
                 elif waiting:
                     found = self._out_of_shadow()
                 else:

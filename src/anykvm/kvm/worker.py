@@ -13,6 +13,7 @@ import ctypes
 import heapq
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _CLOCK_MONOTONIC = 1
 _TFD_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 _TFD_TIMER_ABSTIME = 1
+_PR_SET_NAME = 15
 _FOREVER_NS = 1 << 62
 
 
@@ -161,6 +163,9 @@ class Worker:
                     self._listeners.get(fd, _ignored)()
 
     def _run(self) -> None:
+        # Signals are the process's threads' own; and the name is not to be inherited from a vCPU.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        _libc.prctl(_PR_SET_NAME, self._name.encode(), 0, 0, 0)
         while not self._stopping:
             self._poll()
             for timer in self._due():

@@ -25,6 +25,8 @@ LAPIC_ADDRESS = 0xFEE0_0000
 IOAPIC_ADDRESS = 0xFEC0_0000
 PIT_GSI = 2
 FIRST_X2APIC_ID = 255
+# Three hexadecimal digits of a device's name.
+MAX_PROCESSORS = 0x1000
 ALL_PROCESSORS, ALL_PROCESSORS_X2 = 0xFF, 0xFFFF_FFFF
 
 MADT_PCAT_COMPAT = 1
@@ -174,8 +176,10 @@ def build_acpi(
 ) -> AcpiTables:
     """All tables of a machine with these local APIC ids, linked to each other.
 
-    Raises ValueError when they do not fit below `limit`.
+    Raises ValueError for too many processors, and when they do not fit below `limit`.
     """
+    if len(apic_ids) > MAX_PROCESSORS:
+        raise ValueError(f"{len(apic_ids)} processors: ACPI can name {MAX_PROCESSORS} here")
     image = bytearray(36)
 
     def place(data: bytes) -> int:

@@ -33,7 +33,12 @@ from anykvm.vmm.outcome import Outcome, OutcomeKind, ended
 from anykvm.vmm.serial import Serial
 from anykvm.vmm.stats import ExitStats
 from anykvm.vmm.vcpu_setup import Place, set_up_vcpu
-from anykvm.vmm.vcpu_thread import VcpuThread, install_kick_signal, name_thread
+from anykvm.vmm.vcpu_thread import (
+    VcpuThread,
+    install_kick_signal,
+    leave_signals_to_main,
+    name_thread,
+)
 
 IO_THREAD_NAME = "IO/anykvm"
 KICK_INTERVAL = 0.01
@@ -140,7 +145,12 @@ class Machine:
     # Building
 
     def _add_memory(self) -> Ram:
-        parts = [GuestMemory(ram.size, ram.base) for ram in ram_ranges(self.config.memory)]
+        size = self.config.memory
+        try:
+            parts = [GuestMemory(ram.size, ram.base) for ram in ram_ranges(size)]
+        except OSError as error:
+            what = f"{size >> 20} MiB of memory for the guest"
+            raise MachineError(f"cannot get {what}: {error.strerror}") from error
         for slot, part in enumerate(parts):
             self.vm.add_memory(slot, part)
         return Ram(parts)
@@ -247,6 +257,7 @@ class Machine:
     def _serve(self) -> None:
         try:
             name_thread(IO_THREAD_NAME)
+            leave_signals_to_main()
             self._loop.run()
         except BaseException as error:
             self.fail(error)

@@ -32,6 +32,8 @@ KVM_TSS_ADDRESS = 0xFFFB_D000
 KVM_PRIVATE_SIZE = 4 * PAGE_SIZE
 
 MIN_MEMORY = 2 * MIB
+# What Linux can map with four levels of page tables.
+MAX_MEMORY = 64 << 40
 E820_ENTRY = struct.Struct("<QQI")
 
 
@@ -72,10 +74,11 @@ class RamRange:
 
 
 def ram_ranges(memory: int) -> tuple[RamRange, ...]:
-    """How `memory` bytes are laid around the hole. Raises ValueError for odd or tiny sizes."""
-    if memory % PAGE_SIZE or memory < MIN_MEMORY:
+    """How `memory` bytes are laid around the hole. Raises ValueError for sizes that make no PC."""
+    if memory % PAGE_SIZE or not MIN_MEMORY <= memory <= MAX_MEMORY:
         raise ValueError(
-            f"memory of {memory} bytes: expected a multiple of {PAGE_SIZE}, {MIN_MEMORY} at least"
+            f"memory of {memory} bytes: expected a multiple of {PAGE_SIZE}, {MIN_MEMORY} at least, "
+            f"{MAX_MEMORY} at most"
         )
     low = RamRange(0, min(memory, MMIO_HOLE))
     if memory <= MMIO_HOLE:

@@ -11,7 +11,6 @@ import errno
 import os
 import select
 import signal
-import sys
 import termios
 import threading
 import tty
@@ -116,13 +115,22 @@ class _Raw:
         self.enter()
 
 
+class EndedBySignal(SystemExit):
+    """Unwinds the stack like sys.exit with 128 + signal, a shell's status for it."""
+
+    def __init__(self, signum: int) -> None:
+        self.status = 128 + signum
+        super().__init__(self.status)
+        self.name = signal.Signals(signum).name
+
+
 def _end(signum: int, frame: FrameType | None) -> None:
-    sys.exit(128 + signum)
+    raise EndedBySignal(signum)
 
 
 @contextmanager
 def ending_signals() -> Iterator[None]:
-    """Turn SIGTERM, SIGHUP and SIGQUIT into SystemExit (128 + signal), so that the stack unwinds.
+    """Turn SIGTERM, SIGHUP and SIGQUIT into EndedBySignal, so that the stack unwinds.
 
     Signals that are ignored stay so. In another thread than the main one nothing changes.
     """
@@ -211,6 +219,7 @@ class Keyboard:
         os.close(self._stop_read)
 
     def _read(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are main's
         # poll, since a regular file and /dev/null are always ready and epoll takes neither.
         poll = select.poll()
         poll.register(self._descriptor, select.POLLIN)

@@ -20,7 +20,7 @@ PR_SET_NAME = 15
 COMM_LENGTH = 15
 
 INTERNAL_ERRORS = {
-    abi.KVM_INTERNAL_ERROR_EMULATION: "an instruction that is not implemented",
+    abi.KVM_INTERNAL_ERROR_EMULATION: "an instruction that cannot be emulated",
     abi.KVM_INTERNAL_ERROR_SIMUL_EX: "simultaneous exceptions",
     abi.KVM_INTERNAL_ERROR_DELIVERY_EV: "an exit while an event was being delivered",
     abi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON: "an unexpected exit of the hardware",
@@ -52,6 +52,14 @@ def name_thread(name: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_NAME, name.encode()[:COMM_LENGTH], 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NAME)")
+
+
+def leave_signals_to_main(*but: int) -> None:
+    """Block signals in the calling thread, all or all but some.
+
+    One that another thread takes does not wake the main thread, which alone runs handlers.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - set(but))
 
 
 def install_kick_signal() -> None:
@@ -115,6 +123,7 @@ class VcpuThread:
     def _main(self) -> None:
         try:
             name_thread(self.name)
+            leave_signals_to_main(KICK_SIGNAL)
             while not self._wiring.ending:
                 self._step()
         except BaseException as error:

@@ -62,10 +62,11 @@ def _inject_nmi(vcpu: VcpuX86) -> None:
 
     The processor does not tell of that IRET: the next time it is back here is soon enough.
     """
-    if vcpu.state.shadow == SHADOW_MOV_SS and vcpu.cpu.in_shadow():
-        vcpu.cpu.request_exit()
-        return
     if vcpu.state.nmi_blocked:
+        return
+    after_mov_ss = vcpu.state.shadow == SHADOW_MOV_SS and vcpu.cpu.in_shadow()
+    if after_mov_ss or vcpu.cpu.mid_instruction():
+        vcpu.cpu.finish_instruction()
         return
     vcpu.nmi_pending -= 1
     vcpu.cpu.inject_nmi()
