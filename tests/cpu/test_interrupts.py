@@ -277,6 +277,31 @@ def test_locked_instructions_are_atomic_between_vcpus(text: str) -> None:
     assert total == expected & (1 << 8 * size) - 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["lock inc qword ptr [rsi]", "mov eax, 1; lock xadd [rsi], rax", "lock dec qword ptr [rsi]"],
+)
+def test_locked_instructions_across_pages_are_atomic(text: str) -> None:
+    """Two pages, so no host instruction can do it: the other vCPU is held."""
+    turns = 300
+    counter = SCRATCH + 0x2000 - 3
+    first, _ = _start(f"mov ecx, {turns}; 1: {text}; dec ecx; jnz 1b", rsi=counter)
+    second = _twin()
+    machine().write(counter, bytes(8))
+    ended: list[Exit] = []
+    threads = [
+        threading.Thread(target=lambda cpu=cpu: ended.append(cpu.run()), daemon=True)
+        for cpu in (first, second)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert ended == [Exit.HLT] * 2
+    expected = 2 * turns * (-1 if "dec" in text else 1)
+    assert int.from_bytes(machine().read(counter, 8), "little", signed=True) == expected
+
+
 def test_code_changed_by_one_vcpu_is_seen_by_the_other() -> None:
     """The second turns until the first rewrites the jump that it turns in."""
     m = machine()

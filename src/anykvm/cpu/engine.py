@@ -92,6 +92,15 @@ class Gate:
                 self._change.notify_all()
 
     @contextmanager
+    def passed(self) -> Iterator[None]:
+        """Inside."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    @contextmanager
     def shut(self, kick: Callable[[], None]) -> Iterator[None]:
         """No vCPU is in native code inside this context; `kick` makes those that are leave."""
         with self._change:
@@ -138,6 +147,12 @@ class Engine:
     def _kick_all(self) -> None:
         for cpu in self.cpus:
             cpu.state.exit_request = 1
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No vCPU is in native code but for the caller's."""
+        with self.gate.shut(self._kick_all):
+            yield
 
     @contextmanager
     def stopped(self) -> Iterator[None]:

@@ -44,6 +44,7 @@ from anykvm.cpu.guest import (
     Place,
 )
 from anykvm.cpu.ir import Function, Value
+from anykvm.cpu.state import Exit
 
 
 class Form(NamedTuple):
@@ -206,6 +207,10 @@ class Memory(Operand):
             address = self.address
             with self.h.through_stack("operand"):
                 self._place = self.h.place(address, self.bits // 8)
+            if self.lock:
+                shared = self.h.get("exclusive").eq(0)
+                with self.h.If(self._place.slow & shared):
+                    self.h.leave(Exit.EXCLUSIVE)
         return self._place
 
     def read(self, type_: str | None = None) -> Value:

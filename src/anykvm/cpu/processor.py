@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from anykvm.cpu import assist, events
@@ -276,18 +277,16 @@ class Cpu:
         self.engine.code_written(gpa, size)
         return found
 
-    def _one(self) -> None:
+    def _one(self, *, alone: bool = False) -> None:
         """Executes one instruction natively, or finds out that it leaves."""
         s = self.state
         before = s.mode & STEP
         s.mode |= STEP
         try:
             while True:
-                gate = self.engine.gate
-                gate.enter()
-                s.exit_request = 1
-                self._call["run"](self.address)
-                gate.leave()
+                with nullcontext() if alone else self.engine.gate.passed():
+                    s.exit_request = 1
+                    self._call["run"](self.address)
                 if s.exit_kind != Exit.TRANSLATE:
                     return
                 s.link_from = 0
@@ -296,6 +295,17 @@ class Cpu:
         finally:
             if not before:
                 s.mode &= ~STEP
+
+    def _exclusive(self) -> Exit | None:
+        """A locked access across pages, or to MMIO: made while no other vCPU runs."""
+        s = self.state
+        s.exclusive = 1
+        try:
+            with self.engine.alone():
+                self._one(alone=True)
+        finally:
+            s.exclusive = 0
+        return self._after()
 
     def _out_of_shadow(self) -> Exit | None:
         """Just the instruction that holds interrupts off, or its rest."""
@@ -507,6 +517,7 @@ INTERNAL: dict[int, Callable[[Cpu], Exit | None]] = {
     Exit.ASSIST: Cpu._assist,
     Exit.CODE_WRITE: Cpu._code_write,
     Exit.CODE_CHANGED: Cpu._code_changed,
+    Exit.EXCLUSIVE: Cpu._exclusive,
     Exit.DELIVER: Cpu._deliver_noted,
     Exit.REQUEST: Cpu._requested_exit,
     Exit.EMULATION: Cpu._emulation,

@@ -48,6 +48,7 @@ class Exit(IntEnum):
     CODE_WRITE = 3  # a store is about to change translated code
     DELIVER = 4  # an exception whose delivery is in Python
     CODE_CHANGED = 5  # the code at a page (code_write_gpa: its host address) is not what it was
+    EXCLUSIVE = 6  # a locked access that no single host instruction can make
     REQUEST = 16
     IRQ_WINDOW = 17
     HLT = 18
@@ -213,6 +214,7 @@ class State(ctypes.Structure):
         ("replay_insn", u64),
         ("insn_bytes", u8 * 16),
         ("insn_len", u32),
+        ("exclusive", u32),  # no other vCPU is running
         ("code_write_pass", u32),  # let the next store to translated code through
         ("code_write_gpa", u64),
         ("code_write_size", u64),
@@ -321,6 +323,7 @@ class State(ctypes.Structure):
     replay_rip: int
     replay_insn: int
     insn_len: int
+    exclusive: int
     code_write_pass: int
     code_write_gpa: int
     code_write_size: int
