@@ -163,6 +163,8 @@ def conditionals() -> Iterator[Line]:
         yield Line(name, name, 8)
     for name in "lfence sfence mfence pause nop endbr64".split():
         yield Line(name, name, 8)
+    for text in ("rdsspd eax", "rdsspq rax"):  # no shadow stacks, so nothing happens
+        yield Line(text, text.split()[0], 64)
     for name in "prefetcht0 prefetcht1 prefetcht2 prefetchnta".split():
         yield Line(f"{name} [rax]", name, 8)
     yield Line("nop dword ptr [rax+rax]", "nop", 32)

@@ -9,12 +9,13 @@ truncated or foreign file costs a compilation and nothing else, and processes ca
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
 import logging
 import os
-import tempfile
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ import llvmlite.binding as llvm
 from anykvm.cpu.ir import Function, Module
 
 MAGIC = b"anykvm object 1\n"
+KEEP_SECONDS = 30 * 86400
 log = logging.getLogger("anykvm.cpu.jit")
 
 
@@ -87,7 +89,8 @@ class ObjectCache:
             log.warning(
                 "translation cache: %s is damaged (%s), translating anew", path.name, problem
             )
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that cannot be written to
+                path.unlink(missing_ok=True)
             return None
 
     def find(self, name: str) -> tuple[list[str], bytes] | None:
@@ -101,13 +104,30 @@ class ObjectCache:
         rest = json.dumps(list(names)).encode() + b"\n" + code
         digest = hashlib.sha256(rest).hexdigest()
         path = self.folder / f"{digest[:24]}.batch"
-        try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-                file.write(MAGIC + digest.encode() + b"\n" + rest)
-            os.replace(file.name, path)
-        except OSError as error:
-            log.warning("translation cache: cannot write %s: %s", path, error)
+        if not replace_file(path, MAGIC + digest.encode() + b"\n" + rest):
             self.folder = None
+
+
+def replace_file(path: Path, data: bytes) -> bool:
+    """Writes a file of the cache so that others see all of it or nothing; False if it cannot be."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("translation cache: cannot write %s: %s", path, error)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def forget_old_versions(folder: Path) -> None:
+    """Removes the caches of other engine versions that nothing has used for some weeks."""
+    with contextlib.suppress(OSError):
+        for old in folder.parent.iterdir():
+            if old != folder and time.time() - old.stat().st_mtime > KEEP_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 class Jit:
@@ -124,6 +144,8 @@ class Jit:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self._machine)
         version = engine_version(cpu, features)
         self.cache = ObjectCache(folder / "code" / version if folder else None)
+        if self.cache.folder:
+            forget_old_versions(self.cache.folder)
         self.lock = threading.RLock()
         self._addresses: dict[str, int] = {}
         self.seconds = 0.0  # spent in LLVM

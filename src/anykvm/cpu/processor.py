@@ -203,6 +203,8 @@ class Cpu:
                 found = self._deliver(fault)
             except Leave as leave:
                 found = leave.exit
+            except Shutdown:
+                found = Exit.SHUTDOWN
             if found is not None:
                 return found
 
@@ -452,8 +454,13 @@ class Cpu:
             length = (t.rip_of(s.exit_record + 32) - t.rip_of(s.exit_record)) & 0xFFFF
         mask = MASK64 if s.mode & CODE64 else 0xFFFF_FFFF
         s.rip = (s.rip + length) & mask
-        s.insn_count += 1
+        self.count_exited()
         s.replay_count = 0
+
+    def count_exited(self) -> None:
+        """Counts the instruction that left, and those before it that no branch has counted."""
+        s = self.state
+        s.insn_count += self.engine.translator.uncounted.get(s.exit_record, 1)
 
     def complete_in(self, data: bytes) -> None:
         """Data that the port gave: `io_size * io_count` bytes."""

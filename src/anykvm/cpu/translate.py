@@ -106,6 +106,7 @@ class Translator:
         self._table_words = memoryview(self._table).cast("Q")
         self.blocks: dict[tuple[int, int, int], int] = {}
         self.pages: dict[int, CodePage] = {}
+        self.uncounted: dict[int, int] = {}  # by record that leaves: instructions up to it
         self._next = 1
         self._used = 0
         self._poll, self._seek, self._missing, self._dropped = (
@@ -130,6 +131,8 @@ class Translator:
         words[::4] = array("Q", [addresses[n] for n in image.handlers])
         rips = array("Q", image.rips)
         first = self._next
+        for n, count in image.leaving:
+            self.uncounted[self.records + (first + n) * RECORD] = count
         heads = [(rip, self.records + (first + n) * RECORD) for rip, n in image.heads]
         self._link(image, words, rips, dict(heads), host, mode, base)
         end = first + len(rips)
@@ -267,6 +270,7 @@ class Translator:
         """Forgets every translation. No vCPU may be in native code."""
         self.blocks.clear()
         self.pages.clear()
+        self.uncounted.clear()
         ctypes.memset(self.table, 0, MAX_BLOCKS * BLOCK_ENTRY)
         self._next, self._used = 1, 0
 

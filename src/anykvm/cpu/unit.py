@@ -108,6 +108,7 @@ class UnitBuilder:
         handlers: list[int] = []
         records: list[bytes] = []
         branches: list[tuple[int, int]] = []
+        leaving: list[tuple[int, int]] = []
         uncounted = 0
         for template, _, value in self.steps:
             uncounted += template not in NO_INSTRUCTION
@@ -115,6 +116,8 @@ class UnitBuilder:
                 template.number = number(template.form)
             if template.branch:
                 branches.append((len(records), value & self.mask))
+            if template.ends and not template.counted:
+                leaving.append((len(records), uncounted))
             handlers.append(template.number)
             records.append(HEAD.pack(0, *template.place(value, uncounted)))
             if template.counted:
@@ -127,4 +130,5 @@ class UnitBuilder:
             array("Q", [s.rip for s in self.steps]).tobytes(),
             tuple(branches),
             tuple((self.steps[n].rip, n) for n in self._entries),
+            tuple(leaving),
         )

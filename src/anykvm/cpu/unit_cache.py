@@ -7,17 +7,17 @@ digest is checked; without it translation costs time and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import marshal
-import os
-import tempfile
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 from anykvm.cpu.forms import Form
 from anykvm.cpu.handlers import Handlers
+from anykvm.cpu.jit import replace_file
 
 MAGIC = b"anykvm units 1\n"
 WORTH_SAVING = 200  # new units
@@ -35,6 +35,7 @@ class UnitImage(NamedTuple):
     rips: bytes  # eight bytes a record
     branches: tuple[tuple[int, int], ...]  # index of a record, RIP that it goes to
     heads: tuple[tuple[int, int], ...]  # RIP and index of a record
+    leaving: tuple[tuple[int, int], ...]  # index of a record that leaves, instructions up to it
 
 
 class UnitCache:
@@ -72,7 +73,8 @@ class UnitCache:
         head, _, body = data.removeprefix(MAGIC).partition(b"\n")
         if not data.startswith(MAGIC) or hashlib.sha256(body).hexdigest().encode() != head:
             log.warning("translation cache: %s is damaged, translating anew", self._path.name)
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
             return
         forms, units = marshal.loads(body)
         for name, operands, attrs in forms:
@@ -96,11 +98,6 @@ class UnitCache:
             forms = [tuple(f) for f in self.handlers.forms]
             body = marshal.dumps((forms, {k: tuple(v) for k, v in units.items()}))
             digest = hashlib.sha256(body).hexdigest().encode()
-            try:
-                with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:
-                    file.write(MAGIC + digest + b"\n" + body)
-                os.replace(file.name, self._path)
-            except OSError as error:
-                log.warning("translation cache: cannot write %s: %s", self._path, error)
+            if not replace_file(self._path, MAGIC + digest + b"\n" + body):
                 self._path = None
             self._fresh = 0

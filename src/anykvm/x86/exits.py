@@ -285,13 +285,13 @@ def handle_emulation(vcpu: VcpuX86) -> int:
     trace("kvm_emulate_insn", rip=state.rip, text=vcpu.cpu.emulation_text, failed=True)
     vcpu.run.exit_reason = uapi.KVM_EXIT_INTERNAL_ERROR
     failure = vcpu.run.emulation_failure
-    size = min(state.insn_len, MAX_INSTRUCTION) or MAX_INSTRUCTION
     failure.suberror = uapi.KVM_INTERNAL_ERROR_EMULATION
-    failure.ndata = 3
-    failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-    failure.insn_size = size
-    for i in range(MAX_INSTRUCTION):
-        failure.insn_bytes[i] = state.insn_bytes[i]
+    failure.ndata, failure.flags = 1, 0
+    if state.insn_len:  # else there was nothing to fetch from
+        failure.ndata = 3
+        failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        failure.insn_size = min(state.insn_len, MAX_INSTRUCTION)
+        failure.insn_bytes[:] = list(state.insn_bytes[:MAX_INSTRUCTION])
     return 0
 
 

@@ -16,9 +16,11 @@ from iced_x86 import Decoder, EncodingKind, Formatter, FormatterSyntax, Instruct
 
 from anykvm.cpu.assist import far, io, system
 from anykvm.cpu.assist.core import ASSISTS, Assist
+from anykvm.cpu.decode import ASSIST
 from anykvm.cpu.faults import GuestFault, Leave
 from anykvm.cpu.guest import UD
 from anykvm.cpu.state import Exit, Mode, Seg
+from anykvm.cpu.unit import CODE_MODE
 
 if TYPE_CHECKING:
     from anykvm.cpu.processor import Cpu
@@ -28,12 +30,16 @@ __all__ = ["execute", "far", "fetch", "io", "system"]
 _formatter = Formatter(FormatterSyntax.NASM)
 
 
+def linear_rip(cpu: Cpu) -> int:
+    s = cpu.state
+    if s.mode & Mode.CODE64:
+        return s.rip
+    return (s.rip + s.seg[Seg.CS].base) & 0xFFFF_FFFF
+
+
 def fetch(cpu: Cpu) -> bytes:
     """Up to 15 bytes of code at RIP."""
-    s = cpu.state
-    linear = s.rip
-    if not s.mode & Mode.CODE64:
-        linear = (s.rip + s.seg[Seg.CS].base) & 0xFFFF_FFFF
+    linear = linear_rip(cpu)
     host = cpu.fetch_page(linear)
     if host is None:
         raise cpu.noted_fault()
@@ -54,12 +60,26 @@ def execute(cpu: Cpu) -> None:
     a = Assist(cpu, i)
     body = ASSISTS.get(a.name)
     if body is None:
+        if is_native(cpu, i, data):
+            # Another vCPU changed the code since it was translated (text_poke does): look again.
+            host = cpu.fetch_page(linear_rip(cpu))
+            assert host is not None
+            cpu.engine.code_changed(host)
+            return
         refuse(cpu, data, i)
     body(a)
     if a.next_rip is not None:
         s.rip = a.next_rip
-    s.insn_count += 1
+    cpu.count_exited()
+    if a.holds_interrupts:
+        s.shadow, s.shadow_rip, s.shadow_count = 2, s.rip, s.insn_count
     s.replay_count = 0
+
+
+def is_native(cpu: Cpu, i: Instruction, data: bytes) -> bool:
+    """Whether the translator has a handler for this instruction."""
+    decoder = cpu.engine.translator.decoder(cpu.state.mode & CODE_MODE)
+    return decoder.forms.describe(i, data).form != ASSIST
 
 
 def refuse(cpu: Cpu, data: bytes, i: Instruction) -> NoReturn:

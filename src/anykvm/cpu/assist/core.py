@@ -44,6 +44,7 @@ class Assist:
         self.name = RENAMED.get(mnemonic, mnemonic)
         self.code = CODES[i.code]
         self.code64 = bool(cpu.state.mode & Mode.CODE64)
+        self.holds_interrupts = False  # until the next instruction is done
         self.next_rip: int | None = i.next_ip & (MASK64 if self.code64 else 0xFFFF_FFFF)
 
     @property

@@ -291,14 +291,8 @@ def _load(a: Assist, seg: int, selector: int) -> None:
         raise GuestFault(UD)
     segments.load_data(a.cpu, seg, selector)
     if seg == Seg.SS:
-        _shadow(a)
+        a.holds_interrupts = True
     a.cpu.mode_changed()
-
-
-def _shadow(a: Assist) -> None:
-    """No interrupt before the next instruction is done."""
-    s = a.s
-    s.shadow, s.shadow_rip, s.shadow_count = 2, a.next_rip or 0, s.insn_count + 1
 
 
 @microcode("pop")

@@ -88,7 +88,7 @@ def port_string(a: Assist) -> None:
         s.replay_count = 0
         if done:
             s.rip = next_rip or 0
-        s.insn_count += 1
+        cpu.count_exited()
 
     if incoming:
         _require_writable(cpu, linear, size * count)  # a fault comes before the port is read

@@ -342,9 +342,11 @@ def sahf(i: Insn) -> None:
 
 
 @row("nop", "pause", "prefetcht0", "prefetcht1", "prefetcht2", "prefetchnta", "prefetchw",
-     "prefetch", "endbr64", "endbr32", "reservednop", writes=())  # fmt: skip
+     "prefetch", "endbr64",
+    "rdsspd",
+    "rdsspq", "endbr32", "reservednop", writes=())  # fmt: skip
 def nop(i: Insn, name: str) -> None:
-    """Nothing; a memory operand is not accessed."""
+    """Nothing; no operand is accessed. RDSSP is one of them where there is no CET."""
 
 
 @row("xlatb", writes=())
