@@ -53,6 +53,15 @@ def prepare(folder: Path, kernel: Path | None, memory: int) -> Guests:
     return Guests(kernel, initrd, BootOptions(kernel).command_line, memory)
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Lets it end by itself, which is when anykvm writes its translations down."""
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
 def seconds_to_marker(command: Sequence[str], environment: Mapping[str, str]) -> float:
     """Runs the program until it prints the marker. SystemExit when it does not."""
     with ExitStack() as stack:
@@ -65,7 +74,7 @@ def seconds_to_marker(command: Sequence[str], environment: Mapping[str, str]) ->
             env={**os.environ, **environment},
         )
         stack.enter_context(process)
-        stack.callback(process.kill)
+        stack.callback(end, process)
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         seen = b""
