@@ -254,6 +254,20 @@ def _twin() -> Cpu:
     return cpu
 
 
+def _run_together(*cpus: Cpu) -> None:
+    """Each on a thread of its own, until all have halted."""
+    ended: list[Exit] = []
+    threads = [
+        threading.Thread(target=lambda cpu=cpu: ended.append(cpu.run()), daemon=True)
+        for cpu in cpus
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert ended == [Exit.HLT] * len(cpus)
+
+
 @pytest.mark.parametrize("text", ATOMICS, ids=[t.split(";")[-1] for t in ATOMICS])
 def test_locked_instructions_are_atomic_between_vcpus(text: str) -> None:
     at, expected = ATOMICS[text]
@@ -263,16 +277,7 @@ def test_locked_instructions_are_atomic_between_vcpus(text: str) -> None:
     first, _ = _start(loop, rsi=counter)
     second = _twin()
     machine().write(counter, bytes(24))
-    ended: list[Exit] = []
-    threads = [
-        threading.Thread(target=lambda cpu=cpu: ended.append(cpu.run()), daemon=True)
-        for cpu in (first, second)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert ended == [Exit.HLT] * 2
+    _run_together(first, second)
     total = int.from_bytes(machine().read(counter + at, size), "little")
     assert total == expected & (1 << 8 * size) - 1
 
@@ -288,16 +293,7 @@ def test_locked_instructions_across_pages_are_atomic(text: str) -> None:
     first, _ = _start(f"mov ecx, {turns}; 1: {text}; dec ecx; jnz 1b", rsi=counter)
     second = _twin()
     machine().write(counter, bytes(8))
-    ended: list[Exit] = []
-    threads = [
-        threading.Thread(target=lambda cpu=cpu: ended.append(cpu.run()), daemon=True)
-        for cpu in (first, second)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert ended == [Exit.HLT] * 2
+    _run_together(first, second)
     expected = 2 * turns * (-1 if "dec" in text else 1)
     assert int.from_bytes(machine().read(counter, 8), "little", signed=True) == expected
 

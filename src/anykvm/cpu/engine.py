@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from anykvm.cpu import dispatch, fpu_image, mmu, mxcsr
+from anykvm.cpu import access, dispatch, fpu_image, mmu, mxcsr
 from anykvm.cpu.guest import ENTRIES
 from anykvm.cpu.handlers import Handlers
 from anykvm.cpu.ir import Function
@@ -44,7 +44,9 @@ class Runtime:
     """What the engines of a process share: native routines, handlers, units made before."""
 
     def __init__(self) -> None:
-        routines = mmu.ROUTINES + dispatch.ROUTINES + fpu_image.ROUTINES + mxcsr.ROUTINES
+        routines = (
+            mmu.ROUTINES + access.ROUTINES + dispatch.ROUTINES + fpu_image.ROUTINES + mxcsr.ROUTINES
+        )
         names = [r.__name__ for r in routines]
 
         def make(_: list[str]) -> list[Function]:

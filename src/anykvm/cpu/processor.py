@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from anykvm.cpu import assist, events
+from anykvm.cpu import assist, events, stepping
 from anykvm.cpu.faults import GuestFault, Leave, Shutdown
 from anykvm.cpu.flags import read_rflags, write_rflags
 from anykvm.cpu.guest import DB, EVENT
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 CR0_PE, CR0_MP, CR0_EM, CR0_TS, CR0_PG = 1, 2, 4, 8, 1 << 31
 CR4_DE, CR4_PAE, CR4_OSFXSR = 1 << 3, 1 << 5, 1 << 9
 EFER_LMA = 1 << 10
-DR6_BS = 1 << 14
 DR6_FIXED = 0xFFFF_0FF0
 MASK64 = 2**64 - 1
 STEP, CODE64, TF, RF, IF = (int(f) for f in (Mode.STEP, Mode.CODE64, Flag.TF, Flag.RF, Flag.IF))
@@ -190,7 +189,7 @@ class Cpu:
                 return Exit.IRQ_WINDOW
             try:
                 if self.state.mode & STEP:
-                    found = self._step()
+                    found = stepping.step(self)
                 elif self._one_first:
                     self._one_first = False
                     found = self._out_of_shadow() or Exit.REQUEST
@@ -198,7 +197,7 @@ class Cpu:
                     found = self._out_of_shadow()
                 else:
                     self._enter()
-                    found = self._after()
+                    found = self.deal_with_exit()
             except GuestFault as fault:
                 found = self._deliver(fault)
             except Leave as leave:
@@ -217,7 +216,7 @@ class Cpu:
         self._call["run"](self.address)
         gate.leave()
 
-    def _after(self) -> Exit | None:
+    def deal_with_exit(self) -> Exit | None:
         """Deals with why native code was left; an Exit if the caller must."""
         kind = self.state.exit_kind
         handler = INTERNAL.get(kind)
@@ -236,7 +235,7 @@ class Cpu:
         """What a native routine noted: an exit, or a fault to deliver."""
         s = self.state
         if s.exit_kind not in (Exit.NONE, Exit.TRANSLATE):
-            return self._after()
+            return self.deal_with_exit()
         raise self.noted_fault()
 
     def noted_fault(self) -> GuestFault:
@@ -272,14 +271,14 @@ class Cpu:
         self.engine.code_written(gpa, size)
         s.code_write_pass = 1
         try:
-            self._one()
+            self.execute_one()
         finally:
             s.code_write_pass = 0
-        found = self._after()
+        found = self.deal_with_exit()
         self.engine.code_written(gpa, size)
         return found
 
-    def _one(self, *, alone: bool = False) -> None:
+    def execute_one(self, *, alone: bool = False) -> None:
         """Executes one instruction natively, or finds out that it leaves."""
         s = self.state
         before = s.mode & STEP
@@ -304,54 +303,15 @@ class Cpu:
         s.exclusive = 1
         try:
             with self.engine.alone():
-                self._one(alone=True)
+                self.execute_one(alone=True)
         finally:
             s.exclusive = 0
-        return self._after()
+        return self.deal_with_exit()
 
     def _out_of_shadow(self) -> Exit | None:
         """Just the instruction that holds interrupts off, or its rest."""
-        self._one()
-        return None if self.state.exit_kind == Exit.REQUEST else self._after()
-
-    def _step(self) -> Exit | None:
-        """One instruction under TF, breakpoints or a debugger."""
-        s = self.state
-        self._check_breakpoints()
-        tf = bool(s.flags & TF)
-        s.flags &= ~RF
-        faults, rip = s.count_exception, s.rip
-        self._one()
-        done = s.exit_kind == Exit.REQUEST
-        if not done:
-            found = self._after()
-            done = found is None and s.exit_kind == Exit.ASSIST
-        else:
-            found = None
-        self.mode_changed()
-        if found is None and done and tf and faults == s.count_exception:
-            s.dr6 |= DR6_BS
-            raise GuestFault(DB)
-        if self.single_step and found is None and s.rip != rip:
-            s.dr6 |= DR6_BS
-            return Exit.DEBUG
-        return found
-
-    def _check_breakpoints(self) -> None:
-        """Instruction breakpoints (SDM vol. 3, 17.2) at RIP: a fault, unless RF holds it off."""
-        s = self.state
-        if s.flags & RF:
-            return
-        linear = s.rip if s.mode & CODE64 else (s.rip + s.seg[Seg.CS].base) & 0xFFFF_FFFF
-        hit = 0
-        for n in range(4):
-            enabled = s.dr7 >> (2 * n) & 3
-            kind = s.dr7 >> (16 + 4 * n) & 3
-            if enabled and kind == 0 and s.dr[n] == linear:
-                hit |= 1 << n
-        if hit:
-            s.dr6 = (s.dr6 & ~0xF) | hit
-            raise GuestFault(DB)
+        self.execute_one()
+        return None if self.state.exit_kind == Exit.REQUEST else self.deal_with_exit()
 
     # Memory, for microcode in Python
     def _probe(self, name: str, va: int, size: int, *, supervisor: bool) -> int:
