@@ -36,7 +36,6 @@ from anykvm.cpu.state import (
 )
 
 BLOCK_ENTRY = 48  # rip, host page, mode, record, second host page, CodePage
-PROBES = 16
 MASKED = 0x1F80  # MXCSR's mask bits
 
 CS, SS, TR = int(Seg.CS), int(Seg.SS), int(Seg.TR)

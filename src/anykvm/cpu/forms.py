@@ -39,7 +39,6 @@ from anykvm.cpu.guest import (
     R_INDEX,
     R_SCALE,
     R_SEG,
-    UD,
     Handler,
     Place,
 )
@@ -299,9 +298,6 @@ class Insn:
     @property
     def address_size(self) -> int:
         return next((int(a[1:]) for a in self.form.attrs if a in ("a16", "a32")), 64)
-
-    def undefined(self) -> None:
-        self.h.raise_(UD)
 
     def require_no_x87_error(self) -> None:
         """MMX instructions first report an x87 exception that is pending (SDM vol. 1, 9.6.3)."""

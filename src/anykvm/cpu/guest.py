@@ -71,22 +71,8 @@ ENTRIES = (
 )
 
 # Vectors (SDM vol. 3, table 6-1)
-DE, DB, NMI, BP, OF, BR, UD, NM, DF, TS, NP, SS, GP, PF = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    10,
-    11,
-    12,
-    13,
-    14,
-)
+DE, DB, NMI, BP, OF, BR, UD, NM, DF = range(9)
+TS, NP, SS, GP, PF = range(10, 15)
 MF, AC, MC, XM = 16, 17, 18, 19
 
 # What `deliver` delivers

@@ -106,12 +106,6 @@ class Value:
     def urem(self, other: Value | int) -> Value:
         return self._binary("urem", other)
 
-    def sdiv(self, other: Value | int) -> Value:
-        return self._binary("sdiv", other)
-
-    def srem(self, other: Value | int) -> Value:
-        return self._binary("srem", other)
-
     # Comparisons give i1 (or a vector of i1)
     def cmp(self, predicate: str, other: Value | int) -> Value:
         if self.type == PTR and other == 0:
@@ -145,9 +139,6 @@ class Value:
 
     def slt(self, other: Value | int) -> Value:
         return self.cmp("slt", other)
-
-    def sle(self, other: Value | int) -> Value:
-        return self.cmp("sle", other)
 
     def sgt(self, other: Value | int) -> Value:
         return self.cmp("sgt", other)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from anykvm.cpu.processor import Cpu
 
 UNUSABLE = 0x10000
-PRESENT, LONG, BIG, GRANULAR = 1 << 7, 1 << 13, 1 << 14, 1 << 15
+PRESENT, LONG, BIG = 1 << 7, 1 << 13, 1 << 14
 CODE, CONFORMING, RW, ACCESSED = 8, 4, 2, 1
 TSS_AVAILABLE, TSS_BUSY, LDT, CALL_GATE, TASK_GATE = 9, 11, 2, 12, 5
 CR0_PE = 1

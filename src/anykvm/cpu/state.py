@@ -130,7 +130,6 @@ class State(ctypes.Structure):
         ("seg", Segment * 8),
         ("xmm", (u8 * 64) * 32),
         ("st", (u8 * 16) * 8),  # R0..R7 in physical order, 10 bytes used
-        ("opmask", u64 * 8),
         ("bounce", u8 * BOUNCE),
         # x87 and SSE control
         ("fpu_cw", u16),
@@ -140,7 +139,6 @@ class State(ctypes.Structure):
         ("fpu_ip", u64),
         ("fpu_dp", u64),
         ("mxcsr", u32),
-        ("host_mxcsr", u32),
         (
             "fpu_top",
             u64,
@@ -225,7 +223,6 @@ class State(ctypes.Structure):
         ("blocks_mask", u64),
         ("records", u64),
         ("records_rip", u64),
-        ("engine", u64),
         # Native entry points, so that objects need no linking
         ("fn", u64 * 64),
         # Statistics
@@ -333,7 +330,6 @@ class State(ctypes.Structure):
     blocks_mask: int
     records: int
     records_rip: int
-    engine: int
     count_tlb_fill: int
     count_lookup: int
     count_exception: int

@@ -16,7 +16,7 @@ from anykvm.vmm.bzimage import (
     parse_bzimage,
 )
 from anykvm.vmm.long_mode import enter_long_mode, entry_regs, write_tables
-from anykvm.vmm.machine import Machine, MachineConfig, RunResult
+from anykvm.vmm.machine import Machine, MachineConfig, RunResult, loaded
 from anykvm.vmm.vmlinux import ELF_MAGIC, parse_vmlinux
 
 DEFAULT_COMMAND_LINE = (
@@ -116,13 +116,7 @@ class Boot:
         """The machine with the kernel in it, ready to run."""
         options = self.options
         config = MachineConfig(options.memory, options.cpus, options.backend)
-        machine = Machine(config, console_output, debug_output)
-        try:
-            self.load(machine)
-        except BaseException:
-            machine.close()
-            raise
-        return machine
+        return loaded(Machine(config, console_output, debug_output), self.load)
 
 
 def boot(options: BootOptions, console_output: Callable[[bytes], None]) -> RunResult:

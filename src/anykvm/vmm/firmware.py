@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from anykvm.api import GuestMemory
-from anykvm.vmm.machine import Machine, MachineConfig
+from anykvm.vmm.machine import Machine, MachineConfig, loaded
 from anykvm.vmm.memory_map import (
     ABOVE_4G,
     BIOS_ADDRESS,
@@ -69,10 +69,4 @@ class Firmware:
         """The machine with the firmware in it, ready to run."""
         options = self.options
         config = MachineConfig(options.memory, options.cpus, options.backend)
-        machine = Machine(config, console_output, debug_output)
-        try:
-            self.load(machine)
-        except BaseException:
-            machine.close()
-            raise
-        return machine
+        return loaded(Machine(config, console_output, debug_output), self.load)

@@ -320,3 +320,13 @@ class Machine:
 
 def _discard(data: bytes) -> None:
     """What the guest writes to a debug port that nobody listens to."""
+
+
+def loaded(machine: Machine, load: Callable[[Machine], object]) -> Machine:
+    """The machine with what `load` puts into it; closed if that fails."""
+    try:
+        load(machine)
+    except BaseException:
+        machine.close()
+        raise
+    return machine

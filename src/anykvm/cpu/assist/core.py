@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from anykvm.cpu.processor import Cpu
 
 MASK64 = 2**64 - 1
-CR4_TSD, CR4_UMIP = 1 << 2, 1 << 11
+CR4_UMIP = 1 << 11
 
 
 class Assist:

@@ -18,7 +18,6 @@ USER_SS_ATTR, USER_CS_ATTR = 0xC0F3, 0xA0FB  # flat ring-3 segments as SYSRET se
 KERNEL_SS_ATTR, KERNEL_CS_ATTR = 0xC093, 0xA09B
 COMPAT_CS_ATTR = 0xC0FB
 LIMIT = 0xFFFF_FFFF
-SCE = 1
 RFLAGS_IRET = 0x3F7FD7  # what IRET at CPL 0 loads: all but the reserved bits (VM is checked apart)
 
 

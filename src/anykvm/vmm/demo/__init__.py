@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from anykvm.uapi.kvm import kvm_regs
 from anykvm.vmm.long_mode import RFLAGS_FIXED
-from anykvm.vmm.machine import Machine, MachineConfig, RunResult
+from anykvm.vmm.machine import Machine, MachineConfig, RunResult, loaded
 from anykvm.vmm.memory_map import ram_ranges
 
 ORIGIN = 0x8000
@@ -68,13 +68,7 @@ class Demo:
         """The machine with the guest in it, ready to run."""
         options = self.options
         config = MachineConfig(options.memory, options.cpus, options.backend)
-        machine = Machine(config, console_output)
-        try:
-            self.load(machine)
-        except BaseException:
-            machine.close()
-            raise
-        return machine
+        return loaded(Machine(config, console_output), self.load)
 
 
 def run(options: DemoOptions, console_output: Callable[[bytes], None]) -> RunResult:
