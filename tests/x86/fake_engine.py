@@ -15,6 +15,7 @@ from anykvm.cpu.flags import read_rflags, write_rflags
 from anykvm.cpu.state import Exit, State
 
 IF = 1 << 9
+TICK_SECONDS = 0.005
 Step = Exit | Callable[["FakeCpu"], Exit]
 
 
@@ -54,7 +55,7 @@ class FakeCpu:
             step = self.script.pop(0)
             return step if isinstance(step, Exit) else step(self)
         self.entered.set()
-        assert self._asked.wait(20), "nobody asked the guest to leave"
+        self._asked.wait(TICK_SECONDS)
         self._asked.clear()
         self.entered.clear()
         return Exit.REQUEST
@@ -145,7 +146,7 @@ class FakeEngine:
     def take_dirty(self, gpa: int) -> bytes:
         return self.dirty.pop(gpa, b"")
 
-    def create_cpu(self, index: int) -> FakeCpu:
+    def create_cpu(self, index: int, *, ticks: bool) -> FakeCpu:
         cpu = FakeCpu(index)
         self.cpus.append(cpu)
         return cpu

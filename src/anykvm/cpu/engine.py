@@ -21,6 +21,7 @@ from anykvm.cpu.jit import callable_at, process_jit
 from anykvm.cpu.memory import PAGE, PhysicalMap
 from anykvm.cpu.processor import Cpu
 from anykvm.cpu.state import Exit, Mode, Seg, State
+from anykvm.cpu.ticker import TICKER
 from anykvm.cpu.translate import MAX_BLOCKS, CodeFull, CodePage, Translator
 from anykvm.cpu.unit_cache import UnitCache
 
@@ -74,23 +75,30 @@ def process_runtime() -> Runtime:
 
 
 class Gate:
-    """Lets vCPUs into native code, or keeps all of them out."""
+    """Lets vCPUs into native code, or keeps all of them out.
+
+    `enter` and `leave` are on the way of every exit and take no lock: who enters says so before it
+    looks whether the gate is closed, who closes it does so before looking who is inside.
+    """
 
     def __init__(self) -> None:
         self._change = threading.Condition()
-        self._inside = 0
+        self._inside: list[None] = []  # an entry for each vCPU: its methods are atomic
         self.closed = 0
 
     def enter(self) -> None:
-        with self._change:
-            while self.closed:
-                self._change.wait()
-            self._inside += 1
+        self._inside.append(None)
+        while self.closed:
+            self.leave()
+            with self._change:
+                while self.closed:
+                    self._change.wait()
+            self._inside.append(None)
 
     def leave(self) -> None:
-        with self._change:
-            self._inside -= 1
-            if self.closed:
+        self._inside.pop()
+        if self.closed:
+            with self._change:
                 self._change.notify_all()
 
     @contextmanager
@@ -133,7 +141,8 @@ class Engine:
         """A number for a stay in the guest, different from all before."""
         return next(self._stays)
 
-    def create_cpu(self, index: int) -> Cpu:
+    def create_cpu(self, index: int, *, ticks: bool = False) -> Cpu:
+        """A vCPU; with `ticks` its `run` returns REQUEST every few milliseconds at least."""
         cpu = Cpu(self, index)
         state = cpu.state
         self.runtime.attach(state)
@@ -144,6 +153,8 @@ class Engine:
         cpu.flush_tlb()
         with t.lock:
             self.cpus.append(cpu)
+        if ticks:
+            TICKER.register(state)
         return cpu
 
     def _kick_all(self) -> None:
@@ -270,6 +281,8 @@ class Engine:
     def close(self) -> None:
         """Nothing runs any more; what the tables hold goes with the last reference."""
         with self.stopped():
+            for cpu in self.cpus:
+                TICKER.unregister(cpu.state)
             self.cpus.clear()
         self.runtime.units.save()
 

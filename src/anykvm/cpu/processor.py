@@ -51,6 +51,7 @@ class Cpu:
         self.address = (ctypes.addressof(self._memory) + 63) & ~63
         self.state = State.from_address(self.address)
         self._call = engine.runtime.call
+        self._native = self._call["run"]
         self._requested = False
         self._shutdown = False
         self._one_first = False
@@ -184,6 +185,9 @@ class Cpu:
             if self._requested:
                 self._requested = False
                 return Exit.REQUEST
+            if self.state.tick:
+                self.state.tick = 0
+                return Exit.REQUEST
             waiting = self.state.irq_pending and self.state.flags & IF
             if waiting and self.can_take_interrupt():
                 return Exit.IRQ_WINDOW
@@ -211,16 +215,16 @@ class Cpu:
         state, gate = self.state, self.engine.gate
         gate.enter()
         state.exit_request = 0
-        if self._requested or gate.closed:
+        if self._requested or state.tick or gate.closed:
             state.exit_request = 1
-        self._call["run"](self.address)
+        self._native(self.address)
         gate.leave()
 
     def deal_with_exit(self) -> Exit | None:
         """Deals with why native code was left; an Exit if the caller must."""
         kind = self.state.exit_kind
         handler = INTERNAL.get(kind)
-        return handler(self) if handler else Exit(kind)
+        return handler(self) if handler else EXITS[kind]
 
     def _requested_exit(self) -> Exit | None:
         return None  # `run` looks at what was requested
@@ -410,8 +414,7 @@ class Cpu:
             done, self.on_advance = self.on_advance, None
             done()
         if length is None:
-            t = self.engine.translator
-            length = (t.rip_of(s.exit_record + 32) - t.rip_of(s.exit_record)) & 0xFFFF
+            length = self.engine.translator.length_of(s.exit_record)
         mask = MASK64 if s.mode & CODE64 else 0xFFFF_FFFF
         s.rip = (s.rip + length) & mask
         self.count_exited()
@@ -479,6 +482,7 @@ class Cpu:
         self.advance()
 
 
+EXITS: dict[int, Exit] = {int(kind): kind for kind in Exit}
 INTERNAL: dict[int, Callable[[Cpu], Exit | None]] = {
     Exit.TRANSLATE: Cpu._translate,
     Exit.ASSIST: Cpu._assist,

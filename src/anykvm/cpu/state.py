@@ -181,6 +181,7 @@ class State(ctypes.Structure):
         ("stay", u64),  # number of the last time that userspace ran, over all vCPUs
         ("exit_kind", u32),  # Exit
         ("exit_request", c_int32),  # written by other threads
+        ("tick", u32),  # time to look for what only Python sees, see ticker.py
         ("irq_pending", u32),  # leave once interrupts can be taken
         (
             "shadow",
@@ -295,6 +296,7 @@ class State(ctypes.Structure):
     stay: int
     exit_kind: int
     exit_request: int
+    tick: int
     irq_pending: int
     shadow: int
     shadow_rip: int

@@ -263,6 +263,11 @@ class Translator:
                 self._record_words[(record - self.records) // 8] = self._dropped
                 self._withdraw(rip, home, mode, record)
 
+    def length_of(self, record: int) -> int:
+        """How many bytes the instruction of a record has."""
+        n = (record - self.records) // RECORD
+        return (self._rip_words[n + 1] - self._rip_words[n]) & 0xFFFF
+
     def rip_of(self, record: int) -> int:
         return self._rip_words[(record - self.records) // RECORD]
 

@@ -44,12 +44,11 @@ class FdTable:
 
     def fget(self, fd: int) -> File | None:
         """The file behind `fd` with a reference to it; None where it is none of ours. EBADF."""
-        key = inode_key(fd)
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None or not get_file_unless_zero(entry.file):
-                return None
-            return entry.file
+        status = os.fstat(fd)
+        entry = self._entries.get((status.st_dev, status.st_ino))
+        if entry is None or not get_file_unless_zero(entry.file):
+            return None
+        return entry.file
 
     def dup(self, fd: int, inheritable: bool = False) -> int:
         """A second descriptor of the same file, counted where it is ours."""

@@ -23,7 +23,7 @@ from anykvm.fs.fdtable import FILES, fd_install, fget
 from anykvm.fs.file import File, Inode, VmArea, fput
 from anykvm.fs.ioctl import vfs_compat_ioctl, vfs_ioctl
 from anykvm.fs.mapping import MAP_SHARED, PROT_READ, PROT_WRITE, Mapping, Memfd
-from anykvm.fs.trace import call
+from anykvm.fs.trace import call, enabled
 from anykvm.fs.vfs import (
     do_dentry_open,
     filp_close,
@@ -101,11 +101,18 @@ def dup(fd: int) -> int:
 
 def ioctl(fd: int, cmd: int, arg: int = 0) -> int:
     """ioctl(2): `arg` is an address or a value, as the number says."""
-    with _fdget(fd) as file, call("ioctl", fd=fd, file=file, cmd=cmd, arg=arg) as this:
-        this.result = result = (
-            libc.ioctl(fd, cmd, arg) if file is None else vfs_ioctl(fd, file, cmd, arg)
-        )
-        return result
+    file = fget(fd)
+    try:
+        if not enabled():
+            return libc.ioctl(fd, cmd, arg) if file is None else vfs_ioctl(fd, file, cmd, arg)
+        with call("ioctl", fd=fd, file=file, cmd=cmd, arg=arg) as this:
+            this.result = result = (
+                libc.ioctl(fd, cmd, arg) if file is None else vfs_ioctl(fd, file, cmd, arg)
+            )
+            return result
+    finally:
+        if file is not None:
+            fput(file)
 
 
 def compat_ioctl(fd: int, cmd: int, arg: int = 0) -> int:

@@ -31,6 +31,10 @@ class UserMemory:
     def pid(self) -> int:
         return os.getpid() if self._pid is None else self._pid
 
+    def same(self, other: UserMemory) -> bool:
+        """Whether both are the address space of one process."""
+        return self is other or self._pid == other._pid or self.pid == other.pid
+
     def read(self, address: int, length: int) -> bytes:
         """`length` bytes from `address`; EFAULT where not all of them can be read."""
         buffer = ctypes.create_string_buffer(length) if length else b""

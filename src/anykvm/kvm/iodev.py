@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from anykvm.kvm.kvm_main import KvmVcpu
 
 
+MAX_FOUND = 4096  # look-ups kept
+
+
 class KvmBus(IntEnum):
     """enum kvm_bus."""
 
@@ -53,6 +56,7 @@ class KvmIoBus:
 
     def __init__(self) -> None:
         self._ranges: tuple[list[int], list[KvmIoRange], int] = ([], [], 0)
+        self._found: dict[int, list[KvmIoDevice]] = {}  # look-ups since the last change
 
     def __len__(self) -> int:
         return len(self._ranges[1])
@@ -79,6 +83,17 @@ class KvmIoBus:
         ranges = sorted(ranges, key=lambda r: r.addr)
         longest = max((r.length for r in ranges), default=0)
         self._ranges = ([r.addr for r in ranges], ranges, longest)
+        self._found = {}
+
+    def at(self, addr: int) -> list[KvmIoDevice]:
+        """The devices to ask about an access to `addr`, mostly none or one."""
+        found = self._found
+        devices = found.get(addr)
+        if devices is None:
+            if len(found) >= MAX_FOUND:
+                found.clear()
+            devices = found[addr] = self._at(addr)
+        return devices
 
     def _at(self, addr: int) -> list[KvmIoDevice]:
         """The devices whose range holds `addr`, in order of registration within one address."""
@@ -88,11 +103,12 @@ class KvmIoBus:
         return [r.dev for r in ranges[first:end] if addr < r.addr + r.length or r.addr == addr]
 
     def read(self, vcpu: KvmVcpu, addr: int, length: int) -> bytes | None:
-        for dev in self._at(addr):
+        for dev in self.at(addr):
             data = dev.read(vcpu, addr, length)
             if data is not None:
                 return data
         return None
 
     def write(self, vcpu: KvmVcpu, addr: int, data: bytes) -> bool:
-        return any(dev.write(vcpu, addr, data) for dev in self._at(addr))
+        devices = self.at(addr)
+        return bool(devices) and any(dev.write(vcpu, addr, data) for dev in devices)

@@ -27,7 +27,7 @@ from anykvm.kvm.ioctl import IoctlTable
 from anykvm.kvm.iodev import KvmBus, KvmIoBus
 from anykvm.kvm.irqchip import IrqRoutingTable, KernelIrqRoutingEntry
 from anykvm.kvm.memslots import PAGE_SIZE, KvmMemorySlot, KvmMemslots, KvmMrChange
-from anykvm.kvm.sigset import SIGNAL_TICK_NS, KvmSigset
+from anykvm.kvm.sigset import KvmSigset
 from anykvm.kvm.worker import Worker
 from anykvm.uapi.kvm import (
     KVM_COALESCED_MMIO_PAGE_OFFSET,
@@ -70,8 +70,6 @@ class Kvm(ABC):
         self.coalesced_lock = threading.Lock()
         self.coalesced_mmio_ring: CoalescedRing | None = None
         self.coalesced_zones = CoalescedZones(self)
-        self._signal_tick = self.worker.hrtimer(self._tick)
-        self._ticking = False
 
     # The seam to the architecture.
 
@@ -132,25 +130,8 @@ class Kvm(ABC):
 
     def check_mm(self) -> None:
         """EIO for callers other than the process that made the VM."""
-        if self.mm.pid != current().mm.pid:
+        if not self.mm.same(current().mm):
             raise fail(EIO, "the VM belongs to another process")
-
-    def start_signal_tick(self) -> None:
-        """Bring running vCPUs back to Python now and then, see kvm/sigset.py."""
-        if not self._ticking:
-            self._ticking = True
-            self._signal_tick.start(self.worker.now() + SIGNAL_TICK_NS)
-
-    def _tick(self) -> None:
-        self._ticking = False
-        running = [
-            v for v in self.vcpus.values() if v.mutex.locked() and v.mode != VcpuMode.BLOCKED
-        ]
-        for vcpu in running:
-            vcpu.signal_tick = True
-            vcpu.kick()
-        if running:
-            self.start_signal_tick()
 
 
 class KvmVcpu(ABC):
@@ -164,13 +145,13 @@ class KvmVcpu(ABC):
         mapping = memfd.mapping
         assert mapping is not None
         self.run = mapping.view(kvm_run)
+        self.run_io = self.run.io
         self.pio_data = pio_page(mapping)
         self.coalesced_ring = mapping.view(
             CoalescedRing, KVM_COALESCED_MMIO_PAGE_OFFSET * PAGE_SIZE
         )
         self.sigset = KvmSigset()
         self.mode = VcpuMode.OUTSIDE_GUEST_MODE
-        self.signal_tick = False
 
     @abstractmethod
     def kvm_arch_vcpu_ioctl_run(self) -> int:

@@ -4,8 +4,8 @@ KVM_SET_SIGNAL_MASK.
 In the kernel a signal for the thread in KVM_RUN makes it return EINTR, and its handler runs on the
 way out. Here the thread in KVM_RUN blocks every signal at entry, so that one that arrives for it
 stays pending instead of running a handler that native guest code would not notice; looks at its
-pending set whenever it is back in Python (the VM's thread takes it there every few milliseconds,
-see `SIGNAL_TICK_NS`); answers EINTR when one is pending that the mask lets through; and restores
+pending set whenever it is back in Python (a tick takes it there every few milliseconds, see
+cpu/ticker.py); answers EINTR when one is pending that the mask lets through; and restores
 the mask at exit, at which the handler runs. So handlers, dispositions, SA_RESTART and signals that
 the mask leaves pending behave as with Linux's KVM. A blocked vCPU (HLT) polls a signalfd of its own
 and wakes at once.
@@ -21,7 +21,6 @@ from errno import EINVAL
 
 from anykvm.kvm.errors import fail
 
-SIGNAL_TICK_NS = 5_000_000  # how late a running vCPU may notice a signal
 SIGSET_SIZE = 8  # the kernel's sigset_t; libc's is longer
 
 # Raised by a fault of the running thread itself: blocking them would turn a handler into a kill.

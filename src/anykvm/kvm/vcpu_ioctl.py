@@ -6,7 +6,7 @@ from errno import EINVAL, ENOTTY
 from io import StringIO
 
 from anykvm.fs.file import File, FileOperations, Inode, VmArea
-from anykvm.fs.trace import call
+from anykvm.fs.trace import call, enabled
 from anykvm.fs.uaccess import UserMemory
 from anykvm.fs.vfs import noop_llseek
 from anykvm.kvm.errors import fail
@@ -21,6 +21,8 @@ kvm_vcpu_ioctls: IoctlTable[KvmVcpu] = IoctlTable("kvm_vcpu_ioctl")
 @kvm_vcpu_ioctls.row("KVM_RUN", Value(unused=True))
 def kvm_vcpu_ioctl_run(vcpu: KvmVcpu, _: int) -> int:
     """Run the guest until `vcpu.run` has something for the caller, or a signal (EINTR)."""
+    if not enabled():
+        return vcpu.kvm_arch_vcpu_ioctl_run()
     with call("kvm_arch_vcpu_ioctl_run", vcpu_id=vcpu.vcpu_id) as this:
         try:
             return vcpu.kvm_arch_vcpu_ioctl_run()

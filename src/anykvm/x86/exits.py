@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from anykvm.cpu.state import Exit
-from anykvm.fs.trace import trace
+from anykvm.fs.trace import enabled, trace
 from anykvm.kvm.iodev import KvmBus
 from anykvm.uapi import kvm as uapi
 from anykvm.x86.kvm_host import MpState, Request, VcpuX86
@@ -29,7 +29,8 @@ MAX_INSTRUCTION = 15
 
 
 def handle_request(vcpu: VcpuX86) -> int:
-    """A kick: whatever it was for is a request, a signal, or an NMI that had to wait."""
+    """A kick or a tick: whatever it was for is a request, a signal, or an NMI that had to wait."""
+    vcpu.look_for_signals = True
     if vcpu.nmi_pending:
         vcpu.requests.add(Request.EVENT)
     return 1
@@ -81,13 +82,15 @@ def _complete_in(vcpu: VcpuX86, before: bytes, length: int) -> int:
 
 
 def _handle_out(vcpu: VcpuX86, port: int, size: int, data: bytes) -> int:
+    if enabled():
+        trace("kvm_pio", write=True, port=port, size=size, data=data)
     bus = vcpu.kvm.buses[KvmBus.PIO_BUS]
-    trace("kvm_pio", write=True, port=port, size=size, data=data)
     for done in range(0, len(data), size):
         if not bus.write(vcpu, port, data[done : done + size]):
-            vcpu.pio_data[: len(data) - done] = data[done:]
-            _exit_io(vcpu, uapi.KVM_EXIT_IO_OUT, port, size, (len(data) - done) // size)
-            vcpu.complete_userspace_io = partial(_complete, vcpu.cpu.complete_out)
+            left = len(data) - done
+            vcpu.pio_data[:left] = data[done:]
+            _exit_io(vcpu, uapi.KVM_EXIT_IO_OUT, port, size, left // size)
+            vcpu.complete_userspace_io = vcpu.complete_out
             return 0
     vcpu.cpu.complete_out()
     return 1
@@ -100,7 +103,7 @@ def _complete(finish: Callable[[], None]) -> int:
 
 def _exit_io(vcpu: VcpuX86, direction: int, port: int, size: int, count: int) -> None:
     vcpu.run.exit_reason = uapi.KVM_EXIT_IO
-    io = vcpu.run.io
+    io = vcpu.run_io
     io.direction, io.size, io.port, io.count = direction, size, port, count
     io.data_offset = PIO_DATA_OFFSET
 

@@ -129,7 +129,7 @@ class VcpuX86(KvmVcpu):
 
     def __init__(self, kvm: KvmX86, vcpu_id: int, memfd: Memfd) -> None:
         super().__init__(kvm, vcpu_id, memfd)
-        self.cpu: Cpu = kvm.engine.create_cpu(self.vcpu_idx)
+        self.cpu: Cpu = kvm.engine.create_cpu(self.vcpu_idx, ticks=True)
         self.state = self.cpu.state
         self.cpuid = GuestCpuid()
         self.msrs: dict[int, int] = {}  # those that are only stored
@@ -140,6 +140,7 @@ class VcpuX86(KvmVcpu):
         self.nmi_pending = 0
         self.injected_vector: int | None = None  # KVM_INTERRUPT's
         self.exception: PendingException | None = None
+        self.look_for_signals = False
         self.complete_userspace_io: Callable[[], int] | None = None
         self.mp_state = MpState.RUNNABLE
         self.apic: Lapic | None = None
@@ -182,6 +183,11 @@ class VcpuX86(KvmVcpu):
         """`cpuid_maxphyaddr`: 36 where the guest's CPUID does not say."""
         leaf = self.cpuid.find(0x80000008)
         return leaf.eax & 0xFF if leaf is not None else DEFAULT_MAXPHYADDR
+
+    def complete_out(self) -> int:
+        """Userspace has taken what OUT sent."""
+        self.cpu.complete_out()
+        return 1
 
     def kick(self) -> None:
         self.make_request(Request.EVENT)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from errno import EAGAIN, EINTR, EINVAL
 
-from anykvm.fs.trace import trace
+from anykvm.fs.trace import enabled, trace
 from anykvm.kvm.errors import fail
 from anykvm.kvm.kvm_main import VcpuMode
 from anykvm.uapi import kvm as uapi
@@ -90,8 +90,8 @@ def vcpu_run(vcpu: VcpuX86) -> None:
         if vcpu.run.request_interrupt_window and interrupt_window_open(vcpu):
             vcpu.run.exit_reason = uapi.KVM_EXIT_IRQ_WINDOW_OPEN
             return
-        if vcpu.signal_tick or not running:
-            vcpu.signal_tick = False
+        if vcpu.look_for_signals or not running:
+            vcpu.look_for_signals = False
             if vcpu.sigset.signal_pending() or vcpu.run.immediate_exit:
                 raise _interrupted(vcpu)
 
@@ -107,11 +107,11 @@ def vcpu_enter_guest(vcpu: VcpuX86) -> int:
     if vcpu.requests:
         vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
         return 1
-    vcpu.kvm.start_signal_tick()
     exit_kind = vcpu.cpu.run()
     vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
     kvm_lapic_sync_from_vapic(vcpu)
-    trace("kvm_exit", vcpu_id=vcpu.vcpu_id, reason=exit_kind, rip=vcpu.state.rip)
+    if enabled():
+        trace("kvm_exit", vcpu_id=vcpu.vcpu_id, reason=exit_kind, rip=vcpu.state.rip)
     return EXIT_HANDLERS[exit_kind](vcpu)
 
 
@@ -158,7 +158,7 @@ def vcpu_block(vcpu: VcpuX86) -> int:
 def _post_kvm_run_save(vcpu: VcpuX86) -> None:
     """`post_kvm_run_save`."""
     run = vcpu.run
-    run.if_flag = vcpu.cpu.rflags >> 9 & 1
+    run.if_flag = vcpu.state.flags >> 9 & 1
     run.cr8 = get_cr8(vcpu)
     run.apic_base = vcpu.state.apic_base
     in_kernel = vcpu.kvm.pic_in_kernel()
