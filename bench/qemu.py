@@ -13,12 +13,14 @@ ABSENT = (
 )
 
 
-def command(*options: str | Path, machine: str = "pc", memory: int) -> list[str] | None:
+def command(
+    *options: str | Path, machine: str = "pc", memory: int, accel: str = "tcg"
+) -> list[str] | None:
     """A command line: one vCPU, `memory` MiB, no default device. None where there is no QEMU."""
     program = shutil.which(PROGRAM)
     if program is None:
         return None
-    common = ("-accel", "tcg", "-M", machine, "-m", str(memory), "-smp", "1")
+    common = ("-accel", accel, "-M", machine, "-m", str(memory), "-smp", "1")
     quiet = ("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot")
     return [program, *common, *quiet, *(str(option) for option in options)]
 

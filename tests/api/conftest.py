@@ -14,6 +14,7 @@ import pytest
 from anykvm import fs
 from anykvm.api import Kvm, Vcpu, Vm
 from anykvm.uapi import kvm as abi
+from anykvm.uapi.names import IOCTLS
 
 Answer = int | OSError | Callable[[int], int]
 
@@ -50,7 +51,7 @@ class FakeKvm:
         self.released.append(file.private_data or "kvm")
 
     def ioctl(self, file: fs.File, cmd: int, arg: int) -> int:
-        row = next(r for r in abi.IOCTLS.values() if r.number == cmd)
+        row = next(r for r in IOCTLS.values() if r.number == cmd)
         value = fs.current().mm.read_object(arg, row.arg) if row.arg and arg else arg
         self.calls.append((file.private_data or "kvm", cmd, value))
         answer = self.answers.get(cmd, 0)

@@ -79,6 +79,22 @@ def test_a_second_takes_a_second(shell: Terminal) -> None:
     assert took < 8
 
 
+def test_the_guest_uses_what_kvm_offers_it(shell: Terminal) -> None:
+    """And its local APICs, some of whose EOIs are skipped, go on interrupting."""
+    said = shell.shell("dmesg | grep -e kvm-guest -e kvm-clock")
+    for what in ("PV spinlocks enabled", "setup PV IPIs", "pv remote TLB flush", "PV sched yield"):
+        assert what in said, said
+    ticks = [local_timer_interrupts(shell) for _ in range(2)]
+    assert all(after > before for before, after in zip(*ticks, strict=True))
+
+
+def local_timer_interrupts(shell: Terminal) -> list[int]:
+    """Of each processor, after some work on both."""
+    shell.shell("(i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done) & sleep 0.2; wait")
+    (line,) = re.findall(r"LOC: +(\d+) +(\d+)", shell.shell("cat /proc/interrupts"))
+    return [int(count) for count in line]
+
+
 def test_ctrl_c_ends_the_program_in_the_foreground(shell: Terminal) -> None:
     shell.type(b"sleep 1000\r")
     shell.expect(re.compile(rb"sleep 1000\r\n"))

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from anykvm.cpu.debug import Debugger
 from anykvm.cpu.engine import Cpu, Exit
 
 from .assembler import assemble
@@ -76,16 +77,14 @@ def test_a_window_at_once_where_interrupts_are_on() -> None:
 def test_mov_ss_holds_off_an_interrupt_that_comes_in_between() -> None:
     """Single steps through `mov ss`; the state at its end says that an interrupt must wait."""
     cpu, at = _start("mov ss, ebx; nop; nop", 0x202, rbx=SS)
-    cpu.single_step = True
-    cpu.mode_changed()
+    cpu.debug.attach(Debugger(single_step=True))
     try:
         seen = []
         for _ in range(3):
             assert cpu.run() is Exit.DEBUG
             seen.append((_offset(cpu, at), cpu.can_take_interrupt()))
     finally:
-        cpu.single_step = False
-        cpu.mode_changed()
+        cpu.debug.attach(Debugger())
     assert seen == [(2, False), (3, True), (4, True)]
 
 

@@ -191,7 +191,7 @@ def test_needs_are_looked_at_before_the_argument(table):
 def test_chains_absent_rows_and_unknown_numbers(table):
     second: IoctlTable[Box] = IoctlTable("second")
     second.row("KVM_NMI", Value())(lambda box, _: 1)
-    table.mark_absent(errno.EINVAL, "KVM_SMI", "KVM_NMI")
+    table.mark_absent(errno.EINVAL, "KVM_SMI", "KVM_NMI", why="test")
     assert drive((table, second), Box(), uapi.KVM_NMI, 0) == 1
     assert failing(table, Box(), uapi.KVM_SMI) == errno.EINVAL
     assert failing(table, Box(), 0xAEFE) == errno.ENOTTY

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from tests.x86.machine import machine
 
 from anykvm.api import GuestMemory
-from anykvm.kvm.memslots import KvmMemslots, KvmMrChange, check_memory_region
+from anykvm.kvm.memslots import (
+    KVM_USER_MEM_SLOTS,
+    KvmMemslots,
+    KvmMrChange,
+    check_memory_region,
+)
 from anykvm.uapi import kvm as uapi
 
 PAGE, HVA = 4096, 0x7F0000000000
@@ -135,14 +140,49 @@ def test_manual_protection_forgets_only_what_is_cleared():
         assert dirty_log(m, 0, 70) == everything
         clear_log(m, 0, 64, 6, [0b11])
         assert dirty_log(m, 0, 70) == [everything[0], 0b111100]
-        with pytest.raises(OSError, match="whole words") as raised:
+        with pytest.raises(OSError, match="begin a word") as raised:
             clear_log(m, 0, 1, 64, [0])
         assert raised.value.errno == errno.EINVAL
 
 
-@pytest.mark.parametrize(("slot", "expected"), [(0, errno.ENOENT), (1 << 16, errno.EINVAL)])
+@pytest.mark.parametrize(
+    ("slot", "expected"), [(0, errno.ENOENT), (1 << 16, errno.ENOENT), (2 << 16, errno.EINVAL)]
+)
 def test_slots_without_a_log(slot, expected):
     with machine() as m:
         m.ram()
         with pytest.raises(OSError, match=f"Errno {expected}]"):
             dirty_log(m, slot, 16)
+
+
+def test_slots_of_two_address_spaces_do_not_meet():
+    with machine() as m:
+        memory = GuestMemory(2 * PAGE)
+        for space in (0, 1):
+            m.vm.set_user_memory_region(space << 16 | 3, 0, 2 * PAGE, memory.userspace_addr)
+        with pytest.raises(OSError, match=f"Errno {errno.EEXIST}]"):
+            m.vm.set_user_memory_region(1 << 16, PAGE, PAGE, memory.userspace_addr)
+        with pytest.raises(OSError, match=f"Errno {errno.EINVAL}]"):
+            m.vm.set_user_memory_region(2 << 16, 0, PAGE, memory.userspace_addr)
+
+
+def test_guest_addresses_end_where_the_processor_ends():
+    with machine() as m:
+        hva = GuestMemory(2 * PAGE)
+        with pytest.raises(OSError, match="46 bits"):
+            m.vm.set_user_memory_region(1, (1 << 46) - PAGE, 2 * PAGE, hva.userspace_addr)
+        m.vm.set_user_memory_region(0, (1 << 46) - PAGE, PAGE, hva.userspace_addr)
+        assert list(m.engine.slots) == [(1 << 46) - PAGE]
+
+
+def test_every_slot_that_the_capability_promises_at_once():
+    slots, step = KvmMemslots(), 2 * PAGE
+    for n in range(KVM_USER_MEM_SLOTS):
+        apply(slots, slot=n, gpa=n * step)
+    with pytest.raises(OSError, match=f"Errno {errno.EEXIST}]"):
+        slots.plan(region(slot=5, gpa=7 * step))
+    for n in range(0, KVM_USER_MEM_SLOTS, 1000):
+        found = slots.gpa_to_memslot(n * step + PAGE - 1)
+        assert found is not None
+        assert found.id == n
+        assert slots.gpa_to_memslot(n * step + PAGE) is None

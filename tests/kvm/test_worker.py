@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import threading
 import time
@@ -56,6 +57,40 @@ def test_a_deadline_in_the_past_and_one_centuries_away(worker):
     worker.hrtimer(lambda: None).start(1 << 70)
     worker.hrtimer(past.set).start(-5)
     assert past.wait(5)
+
+
+def test_a_timer_started_anew_while_it_expires_is_not_lost(worker, monkeypatch):
+    fired = threading.Semaphore(0)
+    timer = worker.hrtimer(fired.release)
+    other = threading.Thread(target=lambda: timer.start(worker.now() + 20 * MS))
+    heappop = heapq.heappop
+
+    def meanwhile(heap: list[object]) -> object:
+        if other.ident is None:
+            other.start()
+            other.join(0.05)
+        return heappop(heap)
+
+    monkeypatch.setattr(heapq, "heappop", meanwhile)
+    timer.start(worker.now())
+    assert fired.acquire(timeout=5)
+    assert fired.acquire(timeout=5)
+    other.join(5)
+
+
+def test_deadlines_that_were_moved_take_no_memory(worker):
+    """As those of a guest that sets its timer far ahead, again and again."""
+    fired: list[int] = []
+    done = threading.Event()
+    for n in range(100):
+        worker.hrtimer(lambda n=n: fired.append(n)).start(worker.now() + (200 + n % 7) * MS)
+    timer = worker.hrtimer(done.set)
+    for n in range(20_000):
+        timer.start(worker.now() + (1000 + n % 3) * 1000 * MS)
+    assert len(worker._heap) <= 300
+    timer.start(worker.now() + 220 * MS)
+    assert done.wait(10)
+    assert sorted(fired) == list(range(100))
 
 
 def test_descriptors_are_listened_to_until_ignored(worker):

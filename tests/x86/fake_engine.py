@@ -6,17 +6,48 @@ cpu whose script has ended runs on until it is asked to leave.
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from anykvm.cpu.debug import DebugExit, Debugger
 from anykvm.cpu.flags import read_rflags, write_rflags
 from anykvm.cpu.state import Exit, State
 
 IF = 1 << 9
 TICK_SECONDS = 0.005
 Step = Exit | Callable[["FakeCpu"], Exit]
+
+
+class FakeDebugUnit:
+    """Nothing is ever trapped."""
+
+    def __init__(self, log: list[tuple[Any, ...]]) -> None:
+        self.log, self.exit = log, DebugExit(1, 0, 0, 0)
+
+    def attach(self, debugger: Debugger, *, finishing: bool) -> None:
+        self.log.append(("debugger", debugger, finishing))
+
+    def changed(self) -> None:
+        self.log.append(("debug_registers",))
+
+    def drop_trap(self) -> None:
+        pass
+
+    def trap_pending(self) -> bool:
+        return False
+
+    def take_trap(self) -> int:
+        return 0
+
+    def entered(self, bits: int) -> None:
+        self.log.append(("dr6", bits))
+
+    def take_step(self) -> bool:
+        return False
 
 
 @dataclass
@@ -31,7 +62,11 @@ class FakeCpu:
     out: bytes = b""
     window: bool = False
     entered: threading.Event = field(default_factory=threading.Event)
+    host: Callable[[int], int | None] = lambda _: None  # of a guest-physical address
     _asked: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.debug = FakeDebugUnit(self.log)
 
     @property
     def rflags(self) -> int:
@@ -91,6 +126,26 @@ class FakeCpu:
     ) -> None:
         self.log.append(("exception", vector, error_code))
 
+    def inject_breakpoint(self) -> None:
+        self.log.append(("breakpoint",))
+
+    def inject_debug(self, dr6: int | None) -> None:
+        self.log.append(("debug", dr6))
+
+    def translate(self, va: int) -> int | None:
+        return va
+
+    def exchange(self, gpa: int, value: int) -> int:
+        host = self.host(gpa)
+        if host is None:
+            return 0
+        byte = ctypes.c_uint8.from_address(host)
+        before, byte.value = byte.value, value
+        return before
+
+    def use_address_space(self, space: int) -> None:
+        self.log.append(("address_space", space))
+
     def flush_tlb(self) -> None:
         self.log.append(("flush_tlb",))
 
@@ -99,6 +154,9 @@ class FakeCpu:
 
     def complete_in(self, data: bytes) -> None:
         self.log.append(("in", data))
+
+    def drop_io(self) -> None:
+        self.log.append(("drop_io",))
 
     def complete_out(self) -> None:
         self.log.append(("out",))
@@ -118,12 +176,15 @@ class FakeCpu:
     def advance(self) -> None:
         self.log.append(("advance",))
 
+    def patch_instruction(self, data: bytes) -> None:
+        self.log.append(("patch", data))
+
     def did(self, *names: str) -> list[tuple[Any, ...]]:
         """The log without what every reset and register write does."""
         return [e for e in self.log if e[0] in names or (not names and e[0] not in _ROUTINE)]
 
 
-_ROUTINE = ("flush_tlb", "mode_changed")
+_ROUTINE = ("flush_tlb", "mode_changed", "debug_registers")
 
 
 @dataclass
@@ -136,20 +197,46 @@ class FakeEngine:
     closed: bool = False
 
     def map_memory(
-        self, gpa: int, size: int, hva: int, readonly: bool = False, log_dirty: bool = False
+        self,
+        gpa: int,
+        size: int,
+        hva: int,
+        readonly: bool = False,
+        log_dirty: bool = False,
+        *,
+        all_dirty: bool = False,
+        number: int = 0,
     ) -> None:
         self.slots[gpa] = (size, hva, readonly, log_dirty)
 
-    def unmap_memory(self, gpa: int, size: int) -> None:
+    def unmap_memory(self, gpa: int, size: int, space: int = 0) -> None:
         del self.slots[gpa]
 
-    def take_dirty(self, gpa: int) -> bytes:
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        yield
+
+    def host(self, gpa: int) -> int | None:
+        found = (
+            (hva, gpa - at) for at, (size, hva, _, _) in self.slots.items() if at <= gpa < at + size
+        )
+        return next((hva + offset for hva, offset in found), None)
+
+    def code_written(self, gpa: int, size: int, space: int = 0) -> None:
+        """Nothing is translated here."""
+
+    def take_dirty(self, gpa: int, space: int = 0) -> bytes:
         return self.dirty.pop(gpa, b"")
 
     def create_cpu(self, index: int, *, ticks: bool) -> FakeCpu:
-        cpu = FakeCpu(index)
+        cpu = FakeCpu(index, host=self.host)
         self.cpus.append(cpu)
         return cpu
+
+    def statistics(self) -> dict[str, float]:
+        names = ("units_translated", "instructions_translated", "seconds_translating")
+        compiled = ("handlers_compiled", "handlers_loaded", "seconds_compiling")
+        return dict.fromkeys(names + compiled, 0)
 
     def close(self) -> None:
         self.closed = True

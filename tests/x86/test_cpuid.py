@@ -6,7 +6,7 @@ import pytest
 
 from anykvm.api import Kvm
 from anykvm.uapi.kvm import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2
-from anykvm.x86.cpuid import FEATURES, GuestCpuid, feature_names, supported_cpuid
+from anykvm.x86.cpuid import FEATURES, GuestCpuid, feature_names, supported_cpuid, tsc_leaf
 from anykvm.x86.tsc import host_tsc, host_tsc_khz
 
 
@@ -47,8 +47,19 @@ def test_long_mode_has_what_it_needs(cpuid):
 
 
 def test_the_tsc_leaf_gives_the_frequency(cpuid):
-    denominator, numerator, crystal, _ = cpuid.lookup(0x15, 0)
-    assert crystal * numerator // denominator == host_tsc_khz() * 1000
+    assert cpuid.lookup(0x15, 0) == tsc_leaf(host_tsc_khz())
+    assert cpuid.lookup(0x16, 0)[0] == round(host_tsc_khz() / 1000)
+
+
+@pytest.mark.parametrize("khz", [800_000, 1_000_071, 2_499_950, 2_500_000, 3_999_763, 5_123_457])
+def test_a_frequency_and_what_linux_makes_of_it(khz):
+    """`native_calibrate_tsc` and `lapic_timer_period`, in 32 bits; what others compute in 64."""
+    denominator, numerator, crystal, _ = tsc_leaf(khz)
+    assert abs(crystal * numerator // denominator - khz * 1000) <= numerator // denominator + 1
+    mask = (1 << 32) - 1
+    linux = (crystal // 1000 * numerator & mask) // denominator
+    assert 0 <= khz - linux <= 1 + khz // 1_000_000
+    assert crystal // 1000 * 1000 & mask == pytest.approx(1_000_000_000, rel=120e-6)
 
 
 def test_cache_leaves_end(cpuid):

@@ -17,9 +17,15 @@ from anykvm.uapi import kvm as uapi
 
 from .fake_engine import load, port_in, port_out, rdmsr, sti, store, wrmsr
 from .machine import Machine, machine
+from .real_guest import real_guest
 
 ICR, X2APIC_BASE = 0x830, 0x1B
+SVR, LVT0 = 0xFEE000F0, 0xFEE00350
 INIT_ALL_BUT_SELF, SIPI_ALL_BUT_SELF = 0xC4500, 0xC4600
+
+
+def word(value: int) -> bytes:
+    return value.to_bytes(4, "little")
 
 
 def run_errno(vcpu: Vcpu) -> int:
@@ -67,17 +73,37 @@ def test_mmio_read_and_write():
         assert m.cpu().did() == [("mmio_read", b"wxyz"), ("mmio_write",)]
 
 
-def test_immediate_exit_completes_pending_io_first_and_leaves_no_stale_reason():
+def test_immediate_exit_completes_pending_io_first_and_leaves_the_reason():
     with machine() as m:
         vcpu = m.add_vcpu(port_in(0x60), Exit.HLT)
         assert vcpu.run() == uapi.KVM_EXIT_IO
         vcpu.io_data()[:] = b"\x5a"
         vcpu.kvm_run.immediate_exit = 1
         assert run_errno(vcpu) == errno.EINTR
-        assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_INTR
+        assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_IO
         assert m.cpu().did() == [("in", b"\x5a")]
         vcpu.kvm_run.immediate_exit = 0
         assert vcpu.run() == uapi.KVM_EXIT_HLT
+
+
+@pytest.mark.parametrize(("before", "after", "read"), [(2, 1, 1), (3, 8, 8), (3, 0, 0)])
+def test_string_input_goes_by_the_count_that_the_vmm_leaves(before, after, read):
+    """Items beyond it are dropped, those that are missing are asked for."""
+    with real_guest() as guest:
+        vcpu = guest.vcpu(b"\xf3\x6c\xf4")  # rep insb; hlt
+        regs = vcpu.get_regs()
+        regs.rcx, regs.rdi, regs.rdx = before, 0x3000, 0x80
+        vcpu.set_regs(regs)
+        assert vcpu.run() == uapi.KVM_EXIT_IO
+        assert vcpu.kvm_run.io.count == before
+        vcpu.io_data()[:] = b"\xaa" * before
+        regs.rcx = after
+        vcpu.set_regs(regs)
+        while (reason := vcpu.run()) == uapi.KVM_EXIT_IO:
+            vcpu.io_data()[:] = b"\xaa" * vcpu.kvm_run.io.count
+        assert reason == uapi.KVM_EXIT_HLT
+        assert vcpu.get_regs().rdi == 0x3000 + read
+        assert guest.memory.read(0x3000, 9) == (b"\xaa" * read).ljust(9, b"\0")
 
 
 def test_immediate_exit_through_another_mapping_of_a_duplicate():
@@ -291,8 +317,23 @@ def test_userspace_irqchip_asks_for_a_window_and_injects():
         assert vcpu.kvm_run.if_flag
         vcpu.kvm_run.request_interrupt_window = 0
         vcpu.interrupt(0x21)
+        assert not vcpu.kvm_run.ready_for_interrupt_injection  # KVM_RUN may not get here at all
         assert vcpu.run() == uapi.KVM_EXIT_HLT
         assert m.cpu().did("interrupt") == [("interrupt", 0x21)]
+
+
+def test_a_split_irqchip_gives_no_window_while_lint0_is_masked():
+    """QEMU's 8259s ask for as long as Linux leaves them unserved: the guest goes on meanwhile."""
+    with machine() as m:
+        m.vm.enable_cap(uapi.KVM_CAP_SPLIT_IRQCHIP, 24)
+        masked = store(SVR, word(0x1FF)), store(LVT0, word(0x10700))
+        unmasked = store(LVT0, word(0x700))
+        vcpu = m.add_vcpu(*masked, sti(Exit.REQUEST), port_out(0x80, b"a"), unmasked)
+        vcpu.kvm_run.request_interrupt_window = 1
+        assert vcpu.run() == uapi.KVM_EXIT_IO
+        assert not m.cpu().window
+        assert not vcpu.kvm_run.ready_for_interrupt_injection
+        assert vcpu.run() == uapi.KVM_EXIT_IRQ_WINDOW_OPEN
 
 
 def test_interrupt_is_the_irqchips_where_it_is_in_the_kernel():

@@ -10,13 +10,14 @@ from anykvm import fs
 from anykvm.api.descriptor import Call, Exchange, Get, Quad, Set, Value
 from anykvm.api.device import Attributes
 from anykvm.api.flexible import CPUID2, MSRS, SIGNAL_MASK, enable_cap, read_msrs
+from anykvm.api.stats import Counting
 from anykvm.uapi import kvm as abi
 
 # KVM_RUN says EAGAIN to a vCPU that has just been started by another: run again.
 _NOTHING_TO_DO = (errno.EINTR, errno.EAGAIN)
 
 
-class Vcpu(Attributes):
+class Vcpu(Attributes, Counting):
     """A vCPU with its `kvm_run` mapped. All but `kvm_run.immediate_exit` is its thread's alone."""
 
     def __init__(self, fd: int, mmap_size: int) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from anykvm.api.descriptor import Call, Descriptor, Exchange, Get, Quad, Set, Value
+from anykvm.api.descriptor import Call, Exchange, Get, Quad, Set, Value
 from anykvm.api.device import Device
 from anykvm.api.flexible import IRQ_ROUTING, enable_cap
 from anykvm.api.memory import GuestMemory
+from anykvm.api.stats import Counting
 from anykvm.api.vcpu import Vcpu
 from anykvm.uapi import kvm as abi
+from anykvm.uapi import later
 
 
-class Vm(Descriptor):
+class Vm(Counting):
     """A VM; `vcpu_mmap_size` is what KVM_GET_VCPU_MMAP_SIZE gave."""
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
@@ -36,7 +38,11 @@ class Vm(Descriptor):
     get_clock = Get(abi.KVM_GET_CLOCK, abi.kvm_clock_data)
     set_clock = Set(abi.KVM_SET_CLOCK, abi.kvm_clock_data)
     signal_msi = Set(abi.KVM_SIGNAL_MSI, abi.kvm_msi)
+    set_user_memory_region2 = Set(
+        later.KVM_SET_USER_MEMORY_REGION2, later.kvm_userspace_memory_region2
+    )
     clear_dirty_log = Exchange(abi.KVM_CLEAR_DIRTY_LOG, abi.kvm_clear_dirty_log)
+    xen_hvm_config = Set(abi.KVM_XEN_HVM_CONFIG, abi.kvm_xen_hvm_config)
     set_msr_filter = Set(abi.KVM_X86_SET_MSR_FILTER, abi.kvm_msr_filter)
     reset_dirty_rings = Call(abi.KVM_RESET_DIRTY_RINGS)
 

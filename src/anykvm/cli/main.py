@@ -14,9 +14,12 @@ import typer
 
 from anykvm import __version__
 from anykvm.cli.boot import boot
+from anykvm.cli.doctor import doctor
 from anykvm.cli.errors import CommandError, Refusal, Status, epilog
+from anykvm.cli.exec import exec_command
 from anykvm.cli.ps import ps
 from anykvm.cli.remarks import show_remarks
+from anykvm.cli.stat import stat
 from anykvm.cli.trace import trace
 
 P = ParamSpec("P")
@@ -38,7 +41,15 @@ class Command:
 
 COMMANDS = (
     Command("boot", boot, "Boot Linux to a shell, or for one command.", epilog()),
+    Command(
+        "exec",
+        exec_command,
+        "Run any VMM, unmodified, on anykvm's /dev/kvm.",
+        context={"allow_interspersed_args": False},
+    ),
+    Command("doctor", doctor, "Say what this machine offers, and what is missing."),
     Command("ps", ps, "List the processes that use KVM."),
+    Command("stat", stat, "Show live counters of running VMs."),
     Command(
         "trace",
         trace,

@@ -22,15 +22,13 @@ from anykvm.fs.fdtable import fget
 from anykvm.fs.file import File, FileOperations, fput
 from anykvm.fs.trace import Event, Sink
 from anykvm.uapi.kvm import (
-    CAPABILITIES,
-    EXIT_REASONS,
-    IOCTLS,
     KVM_EXIT_IO,
     KVM_EXIT_IO_OUT,
     KVM_EXIT_MMIO,
     KVM_RUN,
     kvm_run,
 )
+from anykvm.uapi.names import CAPABILITIES, EXIT_REASONS, IOCTLS
 
 IOCTL_NAMES = {row.number: row for row in IOCTLS.values()}
 DECIMAL_BELOW = 1024

@@ -61,7 +61,7 @@ def census(proc: Path = PROC) -> Census:
     """Look into every process that this user may see."""
     found: list[KvmProcess] = []
     unreadable = 0
-    for folder in sorted(_process_folders(proc), key=lambda path: int(path.name)):
+    for folder in sorted(process_folders(proc), key=lambda path: int(path.name)):
         try:
             descriptors = tuple(_descriptors(folder / "fd"))
             if descriptors:
@@ -73,7 +73,7 @@ def census(proc: Path = PROC) -> Census:
     return Census(found, unreadable)
 
 
-def _process_folders(proc: Path) -> Iterator[Path]:
+def process_folders(proc: Path) -> Iterator[Path]:
     return (path for path in proc.iterdir() if path.name.isdigit())
 
 
@@ -101,7 +101,7 @@ def _describe(folder: Path, descriptors: tuple[Descriptor, ...]) -> KvmProcess:
     return KvmProcess(
         pid=int(folder.name),
         user=_user(folder.stat().st_uid),
-        command=_command(folder),
+        command=command_line(folder),
         backend="+".join(sorted({d.backend for d in descriptors})),
         vms=vms,
         vcpus=_count(descriptors, "kvm-vcpu:"),
@@ -124,7 +124,7 @@ def _user(uid: int) -> str:
         return str(uid)
 
 
-def _command(folder: Path) -> str:
+def command_line(folder: Path) -> str:
     words = (folder / "cmdline").read_bytes().split(b"\0")
     text = b" ".join(words).decode(errors="replace").strip()
     return text or f"[{(folder / 'comm').read_text().strip()}]"

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from anykvm.cpu.guest import Routine
+from anykvm.cpu.dirty import is_dirty, ring_full
+from anykvm.cpu.guest import Routine, noting
 from anykvm.cpu.ir import PTR, Value
-from anykvm.cpu.mmu import CODE, LOG, READONLY, W, host_pointer
+from anykvm.cpu.memory import CODE, LOG, READONLY
+from anykvm.cpu.mmu import W, host_pointer, translated
 from anykvm.cpu.state import Exit, offset_of
+from anykvm.cpu.watch import READ, WRITE, abandon_if_watched
 
 ACCESS = (("tlb", PTR), ("va", "i64"), ("size", "i64"), ("pc", PTR), ("icount", "i64"))
 REPLAY_DATA = offset_of("replay[0].data") - offset_of("replay[0].gpa")
@@ -35,12 +38,13 @@ def _access(f: Routine) -> tuple[Value, ...]:
     return f.cpu, f["tlb"], f["va"], f["size"], f["pc"], f["icount"]
 
 
-def probe_read() -> Routine:
-    """probe_read: pointer to `size` readable bytes at `va`, or null: a fault is noted, or
+def probe_read_inside() -> Routine:
+    """probe_read_inside: pointer to `size` readable bytes at `va`, or null: a fault is noted, or
     `exit_kind` set.
     """
-    f = Routine("probe_read", PTR, *ACCESS)
+    f = Routine("probe_read_inside", PTR, *ACCESS)
     va = f["va"]
+    abandon_if_watched(f, READ, f.null())
     with f.If(((va & 4095) + f["size"]).ule(4096)):
         found = f.call("@tlb_fill", "i64", f.cpu, f["tlb"], va, f.const(0, 64))
         with f.If(found.eq(0)):
@@ -48,18 +52,19 @@ def probe_read() -> Routine:
         host = host_pointer(f, (found & ~0xFFF) | (va & 0xFFF))
         with f.If(host.ne(0)):
             f.ret(host)
-    done = f.call("@fetch", "i1", *_access(f))
+    done = f.call("@fetch_inside", "i1", *_access(f))
     with f.If(done):
         f.ret(f.field("bounce"))
     f.ret(f.null())
     return f
 
 
-def fetch() -> Routine:
-    """fetch: reads `size` bytes at `va` into the bounce buffer, whatever they are; false as
+def fetch_inside() -> Routine:
+    """fetch_inside: reads `size` bytes at `va` into the bounce buffer, whatever they are; false as
     `probe_read`'s null.
     """
-    f = Routine("fetch", "i1", *ACCESS)
+    f = Routine("fetch_inside", "i1", *ACCESS)
+    abandon_if_watched(f, READ, f.false())
     for va, _, _ in _parts(f):
         found = f.call("@tlb_fill", "i64", f.cpu, f["tlb"], va, f.const(0, 64))
         with f.If(found.eq(0)):
@@ -133,11 +138,12 @@ def mmio() -> Routine:
     return f
 
 
-def probe_write() -> Routine:
-    """probe_write: pointer to `size` writable bytes at `va`, the bounce buffer where `commit` must
-    follow, or null.
+def probe_write_inside() -> Routine:
+    """probe_write_inside: pointer to `size` writable bytes at `va`, or the bounce buffer, where
+    `commit` must follow, or null.
     """
-    f = Routine("probe_write", PTR, *ACCESS)
+    f = Routine("probe_write_inside", PTR, *ACCESS)
+    abandon_if_watched(f, WRITE, f.null())
     bounced = f.var(f.const(0, 1), 1)
     direct = f.var(f.null())
     for va, length, _ in _parts(f):
@@ -161,7 +167,7 @@ def probe_write() -> Routine:
 
 def claim() -> Routine:
     """claim(gpa, size): host address to store to; 1 for MMIO or ROM; 0 if translated code is in the
-    way.
+    way, or the dirty ring is full.
     """
     f = Routine("claim", "i64", ("gpa", "i64"), ("size", "i64"))
     gpa = f["gpa"]
@@ -171,7 +177,7 @@ def claim() -> Routine:
     host = entry.load("i64", volatile=True, align=8)
     with f.If((host & READONLY).ne(0)):
         f.ret(f.const(1, 64))
-    with f.If((host & CODE).ne(0)), f.If(_translated(f, entry)):
+    with f.If((host & CODE).ne(0)), f.If(translated(f, entry, gpa, f["size"])):
         passes = f.get("code_write_pass")
         with f.If(passes.eq(0)):
             f.set("code_write_gpa", gpa)
@@ -179,30 +185,19 @@ def claim() -> Routine:
             f.set("exit_kind", int(Exit.CODE_WRITE))
             f.ret(f.const(0, 64))
     with f.If((host & LOG).ne(0)):
-        byte = entry.offset(16).load(PTR, align=8)
-        mask = entry.offset(24).load("i64", align=8).trunc(8)
-        f.line(f"%{f.label('a')} = atomicrmw or ptr {byte.text}, i8 {mask.text} seq_cst, align 1")
+        with f.If(ring_full(f) & (is_dirty(entry) ^ 1)):
+            f.set("exit_kind", int(Exit.DIRTY_RING_FULL))
+            f.ret(f.const(0, 64))
+        f.call("@mark_dirty", "void", f.cpu, entry)
     f.ret((host & ~0xFFF) + (gpa & 0xFFF))
     return f
 
 
-def _translated(f: Routine, entry: Value) -> Value:
-    """Whether any of the bytes about to be written was translated."""
-    bytes_ = entry.offset(8).load(PTR, align=8)
-    at, last = f.var(f["gpa"] & 4095), (f["gpa"] & 4095) + f["size"]
-    found = f.var(f.const(0, 8), 8)
-    with f.Loop() as loop:
-        loop.break_if(at.get().uge(last))
-        found.set(found.get() | bytes_.offset(at.get()).load("i8", volatile=True))
-        at.set(at.get() + 1)
-    return found.get().ne(0)
-
-
-def commit() -> Routine:
-    """commit: stores `size` bytes from the bounce buffer to `va`, which `probe_write` found
+def commit_inside() -> Routine:
+    """commit_inside: stores `size` bytes from the bounce buffer to `va`, which `probe_write` found
     writable.
     """
-    f = Routine("commit", "i1", *ACCESS)
+    f = Routine("commit_inside", "i1", *ACCESS)
     for va, length, offset in _parts(f):
         with f.If(length.ne(0)):
             found = f.call("@tlb_fill", "i64", f.cpu, f["tlb"], va, f.const(W, 64))
@@ -224,6 +219,17 @@ def commit() -> Routine:
                     "llvm.memcpy.p0.p0.i64", "void", state.to_ptr(), data, length, f.false()
                 )
     f.ret(f.true())
+    return f
+
+
+def exchange() -> Routine:
+    """exchange(host, value): a byte of guest memory, in one step."""
+    f = Routine("exchange", "i64", ("host", PTR), ("value", "i64"))
+    f.resume_at(1, f.get("insn_count"))
+    value = f["value"].trunc(8)
+    found = f.emit(f"atomicrmw xchg ptr {f['host'].text}, i8 {value.text} seq_cst, align 1", "i8")
+    f.resumed()
+    f.ret(found.zext(64))
     return f
 
 
@@ -278,4 +284,45 @@ def udiv128() -> Routine:
     return f
 
 
-ROUTINES = (probe_read, fetch, mmio, probe_write, claim, commit, segment_slow, udiv128)
+def probe_read() -> Routine:
+    return noting("probe_read", ACCESS, PTR)
+
+
+def probe_write() -> Routine:
+    return noting("probe_write", ACCESS, PTR)
+
+
+def fetch() -> Routine:
+    return noting("fetch", ACCESS, "i1")
+
+
+def commit() -> Routine:
+    return noting("commit", ACCESS, "i1")
+
+
+def copy_in() -> Routine:
+    """copy_in(to, from, size): guest memory, by host addresses, into other memory of ours."""
+    f = Routine("copy_in", "i1", ("to", PTR), ("from", PTR), ("size", "i64"))
+    f.resume_at(1, f.get("insn_count"))
+    f.intrinsic("llvm.memcpy.p0.p0.i64", "void", f["to"], f["from"], f["size"], f.false())
+    f.resumed()
+    f.ret(f.true())
+    return f
+
+
+ROUTINES = (
+    probe_read,
+    probe_read_inside,
+    fetch,
+    fetch_inside,
+    mmio,
+    probe_write,
+    probe_write_inside,
+    claim,
+    commit,
+    commit_inside,
+    copy_in,
+    exchange,
+    segment_slow,
+    udiv128,
+)

@@ -73,7 +73,10 @@ SIZED = re.compile(r"(RETN|LEAVE|ENTER|IRET|PUSHA|POPA|PUSHF|POPF|SYSRET|SYSEXIT
 SIZED_BY_OPERAND = re.compile(r"(?:CALL|JMP)_(?:REL|RM)\w*?(16|32|64)$")
 STACK_ROWS = frozenset("push pop pushf popf leave enter pusha popa call ret".split())
 ADDRESS_ROWS = frozenset("loop loope loopne xlatb".split())
-LEGACY_ROWS = frozenset("syscall sysret iret mov_to_cr3 mov_to_seg fxsave fxrstor".split())
+LEGACY_ROWS = frozenset(
+    "syscall sysret iret pushf popf mov_to_cr3 mov_to_seg fxsave fxrstor "
+    "xsave xsaveopt xsavec xsaves xrstor xrstors".split()
+)
 SHIFTS = frozenset("shl shr sar sal rol ror rcl rcr".split())
 RENAMED = {
     **{

@@ -14,6 +14,7 @@ from __future__ import annotations
 from anykvm.cpu import fpu_image
 from anykvm.cpu.guest import (
     CONVENTION,
+    ENTRIES,
     FAULT,
     PF,
     SOFTWARE,
@@ -34,6 +35,7 @@ from anykvm.cpu.state import (
     Mode,
     Seg,
 )
+from anykvm.cpu.watch import EXECUTE
 
 BLOCK_ENTRY = 48  # rip, host page, mode, record, second host page, CodePage
 MASKED = 0x1F80  # MXCSR's mask bits
@@ -62,6 +64,11 @@ def find() -> Routine:
     rip, mode = f["rip"], f.get("mode")
     flat = (mode & int(Mode.CODE64)).ne(0)
     linear = flat.select(rip, (rip + f.get(f"seg[{CS}].base")) & 0xFFFF_FFFF)
+    with f.If((f.get("watch_kinds") & EXECUTE).ne(0)):
+        stops = f.call("@breaks_in", "i1", f.cpu, linear)
+        with f.If(stops):
+            f.set("exit_kind", int(Exit.STEP_HERE))
+            f.ret(f.null())
     host = _fetch_page(f, linear, f.null())
     slot = f.var(block_hash(f, rip, host) & f.get("blocks_mask"))
     table = f.get("blocks").to_ptr()
@@ -133,7 +140,10 @@ def _remember(f: Routine, rip: Value, record: Value) -> None:
 def fetch_page() -> Routine:
     """fetch_page(tlb, va): host address of the page that code at `va` is in; 0 as `find`'s null."""
     f = Routine("fetch_page", "i64", ("tlb", PTR), ("va", "i64"))
-    f.ret(_fetch_page(f, f["va"], f.const(0, 64)))
+    f.resume_at(1, f.get("insn_count"))
+    host = _fetch_page(f, f["va"], f.const(0, 64))
+    f.resumed()
+    f.ret(host)
     return f
 
 
@@ -182,7 +192,9 @@ def refind() -> Handler:
     of `run`.
     """
     h = Handler("refind")
+    h.resume_at(1, h.icount)
     record = h.call("@find", PTR, h.cpu, h.tlb, h.get("rip"))
+    h.resumed()
     with h.If(record.ne(0)):
         h.go(record)
     h.tail(_symbol(h, "@trouble"), h.pc)
@@ -211,8 +223,11 @@ def trouble() -> Handler:
     h.add_to("count_exception", 1)
     vector = h.get("exc_vector")
     with h.If(vector.eq(PF)):
+        h.add_to("count_page_fault", 1)
         h.set("cr2", h.get("exc_cr2"))
+    h.resume_at(1, h.icount)
     done = h.call("@deliver", "i1", h.cpu, vector.zext(64), h.const(FAULT, 64))
+    h.resumed()
     with h.If(done):
         h.tail(_symbol(h, "@lookup"), h.pc, tlb=h.supervisor_tlb())
     h.set("exit_kind", int(Exit.DELIVER))
@@ -277,8 +292,9 @@ def deliver() -> Routine:
     bottom = has_error.select(top - 8, top)
     give_up_unless(((bottom & 4095) + size).ule(4096))
     frame = _peek(f, bottom, 8, write=True)
-    flags = f.flags.read()
-    rf = f["kind"].eq(FAULT).select(f.const(int(Flag.RF), 64), f.const(0, 64))
+    set_rf, keep = f.const(int(Flag.RF), 64), f.const(~int(Flag.RF), 64)
+    flags = f.flags.read() & f["kind"].eq(SOFTWARE).select(keep, f.const(~0, 64))
+    rf = f["kind"].eq(FAULT).select(set_rf, f.const(0, 64))
     with f.If(has_error):
         frame.store(error)
     words = frame.offset(has_error.select(f.const(8, 64), f.const(0, 64)))
@@ -311,6 +327,39 @@ def deliver() -> Routine:
     return f
 
 
+def inject() -> Routine:
+    """inject(vector, kind): `deliver` for Python, between two runs."""
+    f = Routine("inject", "i1", ("vector", "i64"), ("kind", "i64"))
+    f.resume_at(1, f.get("insn_count"))
+    done = f.call("@deliver", "i1", f.cpu, f["vector"], f["kind"])
+    f.resumed()
+    f.ret(done)
+    return f
+
+
+def enter() -> Routine:
+    """enter(): into the handlers, from C's calling convention."""
+    f = Routine("enter", "i64")
+    tlb = f.cpl().eq(3).select(f.user_tlb(), f.supervisor_tlb())
+    f.line(
+        f"call {CONVENTION} void @refind(ptr null, ptr {f.cpu.text},"
+        f" i64 {f.get('insn_count').text}, ptr {tlb.text})"
+    )
+    f.ret(f.const(0, 64))
+    return f
+
+
+def _give_up(f: Routine) -> None:
+    """Guest memory was not there: the vCPU stands before the instruction that wanted it."""
+    record = f.get("fault_record")
+    with f.If(record.ugt(1)):
+        index = (record - f.get("records")) >> 2
+        f.set("rip", (f.get("records_rip") + index).to_ptr().load("i64"))
+        f.set("exit_record", record)
+    f.set("insn_count", f.get("fault_count"))
+    f.resumed()
+
+
 def run() -> Routine:
     """run(): executes the guest from `State.rip` until something sets `exit_kind`; at least one
     instruction.
@@ -318,6 +367,9 @@ def run() -> Routine:
     f = Routine("run", "void")
     f.set("exit_kind", 0)
     f.set("replay_next", 0)
+    f.set("ring_reserve", 0)
+    with f.If(f.get("table_write").ne(0)):
+        f.field("exit_request").store(f.const(1, 32), volatile=True)
     host = f.local("i32")
     guest = f.local("i32")
     at = {v: Value(f, v.ptr, PTR) for v in (host, guest)}
@@ -325,11 +377,12 @@ def run() -> Routine:
     guest.set(f.get("mxcsr") | MASKED)
     f.intrinsic("llvm.x86.sse.ldmxcsr", "void", at[guest])
     host_cw = fpu_image.enter(f)
-    tlb = f.cpl().eq(3).select(f.user_tlb(), f.supervisor_tlb())
-    f.line(
-        f"call {CONVENTION} void @refind(ptr null, ptr {f.cpu.text},"
-        f" i64 {f.get('insn_count').text}, ptr {tlb.text})"
-    )
+    none = f.const(0, 64)
+    function = f.field(f"fn[{ENTRIES.index('enter')}]").load(PTR, align=8)
+    f.call("@guard", "i64", f.cpu, none, none, none, none, none, function)
+    with f.If(f.get("exit_kind").eq(int(Exit.MEMORY_FAULT))):
+        _give_up(f)
+    f.set("ring_reserve", 1)
     f.intrinsic("llvm.x86.sse.stmxcsr", "void", at[guest])
     f.set("mxcsr", (f.get("mxcsr") & ~0x3F) | (guest.get() & 0x3F))
     fpu_image.leave(f, host_cw)
@@ -338,4 +391,4 @@ def run() -> Routine:
     return f
 
 
-ROUTINES = (fetch_page, find, deliver, lookup, refind, abort, trouble, run)
+ROUTINES = (fetch_page, find, deliver, lookup, refind, abort, trouble, inject, enter, run)

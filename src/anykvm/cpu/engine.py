@@ -9,35 +9,48 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from anykvm.cpu import access, dispatch, fpu_image, mmu, mxcsr
+from anykvm.cpu import access, dirty, dispatch, extable, fpu_image, mmu, mxcsr, watch
+from anykvm.cpu.extable import FaultTable
 from anykvm.cpu.guest import ENTRIES
 from anykvm.cpu.handlers import Handlers
 from anykvm.cpu.ir import Function
 from anykvm.cpu.jit import callable_at, process_jit
-from anykvm.cpu.memory import PAGE, PhysicalMap
+from anykvm.cpu.memory import PAGE, TOP, PhysicalMap
 from anykvm.cpu.processor import Cpu
 from anykvm.cpu.state import Exit, Mode, Seg, State
 from anykvm.cpu.ticker import TICKER
-from anykvm.cpu.translate import MAX_BLOCKS, CodeFull, CodePage, Translator
+from anykvm.cpu.translate import MAX_BLOCKS, CodeFull, CodePage, Fetcher, Translator
 from anykvm.cpu.unit_cache import UnitCache
 
 __all__ = ["Cpu", "Engine", "Exit", "State"]
 
+ADDRESS_SPACES = 2  # the second is system management mode's
 PTR, U64 = ctypes.c_void_p, ctypes.c_uint64
 SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "run": (None, (PTR,)),
-    "deliver": (ctypes.c_bool, (PTR, U64, U64)),
-    "fetch_page": (U64, (PTR, U64, U64)),
-    "probe_read": (U64, (PTR, U64, U64, U64, U64, U64)),
-    "probe_write": (U64, (PTR, U64, U64, U64, U64, U64)),
-    "commit": (ctypes.c_bool, (PTR, U64, U64, U64, U64, U64)),
+    "page_entry": (U64, (PTR, U64)),
+    "mark_dirty": (None, (PTR, U64)),
+    "configure_faults": (None, (PTR,)),
     "flush_tlb": (None, (PTR, U64)),
     "flush_page": (None, (PTR, U64)),
     "protect_page": (None, (PTR, U64)),
+}
+
+
+# Those that touch guest memory, and what they give besides 0
+GUARDED: dict[str, type] = {
+    "inject": ctypes.c_bool,
+    "walk": U64,
+    "fetch_page": U64,
+    "probe_write": U64,
+    "fetch": ctypes.c_bool,
+    "commit": ctypes.c_bool,
+    "copy_in": ctypes.c_bool,
+    "exchange": U64,
 }
 
 
@@ -45,9 +58,8 @@ class Runtime:
     """What the engines of a process share: native routines, handlers, units made before."""
 
     def __init__(self) -> None:
-        routines = (
-            mmu.ROUTINES + access.ROUTINES + dispatch.ROUTINES + fpu_image.ROUTINES + mxcsr.ROUTINES
-        )
+        rooms = (mmu, dirty, access, watch, dispatch, fpu_image, mxcsr, extable)
+        routines = [routine for room in rooms for routine in room.ROUTINES]
         names = [r.__name__ for r in routines]
 
         def make(_: list[str]) -> list[Function]:
@@ -59,19 +71,39 @@ class Runtime:
             name: callable_at(self.address[name], result, *params, releases_gil=name == "run")
             for name, (result, params) in SIGNATURES.items()
         }
-
+        self.call |= {name: self._guarded(name, result) for name, result in GUARDED.items()}
+        self.faults = FaultTable(self.address["catch_fault"], self.call["configure_faults"])
         self.handlers = Handlers(jit)
         self.units = UnitCache(self.handlers, jit.cache.folder)
 
-    def attach(self, state: State) -> None:
+    def _guarded(self, name: str, result: type) -> Callable[..., int]:
+        """A routine called through `guard`: 0 where guest memory is not there, see extable.py."""
+        function = self.address[name]
+        guard = callable_at(self.address["guard"], result, PTR, *[U64] * 5, PTR)
+
+        def call(cpu: int, *args: int) -> int:
+            return guard(cpu, *args, *(0,) * (5 - len(args)), function)
+
+        return call
+
+    def attach(self, state: State, address: int) -> None:
         for n, name in enumerate(ENTRIES):
             state.fn[n] = self.address[name]
+        self.faults.register(state, address)
+
+
+_making_runtime = threading.Lock()
 
 
 @cache
-def process_runtime() -> Runtime:
-    """The process's one Runtime."""
+def _runtime() -> Runtime:
     return Runtime()
+
+
+def process_runtime() -> Runtime:
+    """The process's one Runtime, also where the first VMs are made at the same time."""
+    with _making_runtime:
+        return _runtime()
 
 
 class Gate:
@@ -84,6 +116,8 @@ class Gate:
     def __init__(self) -> None:
         self._change = threading.Condition()
         self._inside: list[None] = []  # an entry for each vCPU: its methods are atomic
+        self._turn = threading.RLock()  # held by who has closed it
+        self._holder = 0
         self.closed = 0
 
     def enter(self) -> None:
@@ -103,7 +137,10 @@ class Gate:
 
     @contextmanager
     def passed(self) -> Iterator[None]:
-        """Inside."""
+        """Inside, or in a thread that keeps the others out. Not twice in one thread."""
+        if threading.get_ident() == self._holder:
+            yield
+            return
         self.enter()
         try:
             yield
@@ -112,18 +149,23 @@ class Gate:
 
     @contextmanager
     def shut(self, kick: Callable[[], None]) -> Iterator[None]:
-        """No vCPU is in native code inside this context; `kick` makes those that are leave."""
-        with self._change:
-            self.closed += 1
-            kick()
-            while self._inside:
-                self._change.wait()
-        try:
-            yield
-        finally:
+        """No vCPU is in native code inside this context, nor another thread in this context; `kick`
+        makes vCPUs leave. A thread may nest it.
+        """
+        with self._turn:
             with self._change:
-                self.closed -= 1
-                self._change.notify_all()
+                self.closed += 1
+                kick()
+                while self._inside:
+                    self._change.wait()
+            before, self._holder = self._holder, threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = before
+                with self._change:
+                    self.closed -= 1
+                    self._change.notify_all()
 
 
 class Engine:
@@ -132,7 +174,8 @@ class Engine:
     def __init__(self) -> None:
         self.runtime = process_runtime()
         self.translator = Translator(self.runtime.handlers, self.runtime.units)
-        self.memory = PhysicalMap()
+        self.spaces = tuple(PhysicalMap() for _ in range(ADDRESS_SPACES))
+        self.memory = self.spaces[0]
         self.gate = Gate()
         self.cpus: list[Cpu] = []
         self._stays = itertools.count(1)
@@ -145,11 +188,12 @@ class Engine:
         """A vCPU; with `ticks` its `run` returns REQUEST every few milliseconds at least."""
         cpu = Cpu(self, index)
         state = cpu.state
-        self.runtime.attach(state)
-        state.physmap, state.physmap_top = self.memory.address, mmu_top()
+        self.runtime.attach(state, cpu.address)
+        state.physmap, state.physmap_top = cpu.memory.address, TOP
         t = self.translator
         state.blocks, state.blocks_mask = t.table, MAX_BLOCKS - 1
         state.records, state.records_rip = t.records, t.rips
+        state.exit_record = t.records  # events may be delivered before anything has left
         cpu.flush_tlb()
         with t.lock:
             self.cpus.append(cpu)
@@ -176,20 +220,39 @@ class Engine:
                 cpu.flush_tlb()
 
     def map_memory(
-        self, gpa: int, size: int, hva: int, readonly: bool = False, log_dirty: bool = False
+        self,
+        gpa: int,
+        size: int,
+        hva: int,
+        readonly: bool = False,
+        log_dirty: bool = False,
+        *,
+        all_dirty: bool = False,
+        number: int = 0,
     ) -> None:
-        """Puts `size` bytes of host memory at `hva` to guest-physical `gpa` (page aligned)."""
+        """Puts `size` bytes of host memory at `hva` to guest-physical `gpa` (page aligned), in
+        place of a slot that begins there.
+
+        `number` is the slot's in the dirty ring, its upper half the address space. With `all_dirty`
+        every page of a logging slot counts as written.
+        """
         with self.stopped(), self.translator.lock:
             self._forget_code(hva, size)
-            self.memory.map(gpa, size, hva, readonly=readonly, log_dirty=log_dirty)
+            self.spaces[number >> 16].map(
+                *(gpa, size, hva),
+                readonly=readonly,
+                log_dirty=log_dirty,
+                all_dirty=all_dirty,
+                number=number,
+            )
             self._restore_code(hva, size)
 
-    def unmap_memory(self, gpa: int, size: int) -> None:
+    def unmap_memory(self, gpa: int, size: int, space: int = 0) -> None:
+        memory = self.spaces[space]
         with self.stopped(), self.translator.lock:
-            for slot in list(self.memory.slots.values()):
-                if gpa <= slot.gpa < gpa + size:
-                    self._forget_code(slot.hva, slot.size)
-            self.memory.unmap(gpa, size)
+            for slot in memory.inside(gpa, size):
+                self._forget_code(slot.hva, slot.size)
+            memory.unmap(gpa, size)
 
     def _forget_code(self, hva: int, size: int) -> None:
         for host in [h for h in self.translator.pages if hva <= h < hva + size]:
@@ -198,11 +261,26 @@ class Engine:
     def _restore_code(self, hva: int, size: int) -> None:
         for host, page in self.translator.pages.items():
             if hva <= host < hva + size:
-                self.memory.set_code(host, page.map_address)
+                self._set_code(host, page.map_address)
 
-    def take_dirty(self, gpa: int) -> bytes:
-        """Pages of the slot at `gpa` that were written since the last call, a bit a page."""
-        return self.memory.take_dirty(gpa)
+    def _set_code(self, host: int, bitmap: int) -> None:
+        for memory in self.spaces:
+            memory.set_code(host, bitmap)
+
+    def take_dirty(self, gpa: int, space: int = 0) -> bytes:
+        """Pages of the slot at `gpa` that were written since the last call, a bit a page. A store
+        is either reported by this call, and done, or by the next.
+        """
+        with self.stopped():
+            return self.spaces[space].take_dirty(gpa)
+
+    def reset_dirty(self, pages: Iterable[tuple[int, int, int]]) -> None:
+        """Pages (address space, slot's address, page of the slot) will be noted again when they are
+        written.
+        """
+        with self.stopped():
+            for space, gpa, page in pages:
+                self.spaces[space].reset_dirty(gpa, page)
 
     # Translations
     def translate(self, cpu: Cpu, rip: int, mode: int, link: int = 0) -> int | None:
@@ -211,16 +289,15 @@ class Engine:
         None where fetching faults (noted in the state).
         """
         base = 0 if mode & Mode.CODE64 else cpu.state.seg[Seg.CS].base
-        host = cpu.fetch_page(rip + base)
-        if host is None:
-            return None
-        with self.translator.lock:
+        with self.gate.passed(), self.translator.lock:  # no slot is half changed
+            host = cpu.fetch_page(rip + base)
+            if host is None:
+                return None
             self._mark(host)
             try:
-                record = self.translator.translate(
-                    rip, mode, base, host, lambda: self._second(cpu, rip + base)
-                )
-                if link and record is not None:
+                fetcher = Fetcher(cpu.host_bytes, lambda: self._second(cpu, rip + base))
+                record = self.translator.translate(rip, mode, base, host, fetcher)
+                if link and record is not None and cpu.resets == self.translator.resets:
                     self.translator.set_aux(link, record)
                 return record
             except CodeFull:
@@ -239,15 +316,16 @@ class Engine:
         if host in self.translator.pages:
             return
         page = self.translator.pages[host] = CodePage()
-        self.memory.set_code(host, page.map_address)
+        self._set_code(host, page.map_address)
         for cpu in self.cpus:
             self.runtime.call["protect_page"](cpu.address, host)
 
-    def code_written(self, gpa: int, size: int) -> None:
+    def code_written(self, gpa: int, size: int, space: int = 0) -> None:
         """Drops the translations of bytes that are about to change, or have."""
+        memory = self.spaces[space]
         with self.translator.lock:
             while size > 0:
-                host = self.memory.host(gpa)
+                host = memory.host(gpa)
                 length = min(size, PAGE - gpa % PAGE)
                 if host is not None:
                     start = host % PAGE
@@ -263,7 +341,7 @@ class Engine:
         """Drops every translation."""
         with self.stopped(), self.translator.lock:
             for host in self.translator.pages:
-                self.memory.set_code(host, 0)
+                self._set_code(host, 0)
             self.translator.reset()
 
     def statistics(self) -> dict[str, float]:
@@ -283,10 +361,6 @@ class Engine:
         with self.stopped():
             for cpu in self.cpus:
                 TICKER.unregister(cpu.state)
+                self.runtime.faults.unregister(cpu.state)
             self.cpus.clear()
         self.runtime.units.save()
-
-
-def mmu_top() -> int:
-    """How many GiB the physical map covers."""
-    return 1 << (mmu.PHYSICAL_BITS - 30)

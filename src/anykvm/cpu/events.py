@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anykvm.cpu import segments
-from anykvm.cpu.faults import GuestFault, Shutdown
+from anykvm.cpu.faults import GuestFault, Leave, Shutdown
 from anykvm.cpu.guest import DE, DF, GP, NP, PF, SS, TS
 from anykvm.cpu.segments import Descriptor
 from anykvm.cpu.state import Flag, Mode, Seg
@@ -45,11 +45,15 @@ def deliver(
     Faults on the way are delivered instead, as a double fault where the manual says so. Raises
     Shutdown.
     """
+    cpu.debug.delivering()
     while True:
         saved = _snapshot(cpu)
         try:
             _deliver_once(cpu, vector, error, fault=fault, software=software, rip=rip)
             break
+        except Leave:
+            _restore(cpu, saved)
+            raise
         except GuestFault as next_:
             _restore(cpu, saved)
             if next_.cr2 is not None:
@@ -58,6 +62,7 @@ def deliver(
             fault, software, rip = True, False, None
     cpu.state.shadow = 0
     cpu.mode_changed()
+    cpu.debug.retired()
 
 
 def _escalate(first: int, second: GuestFault, *, software: bool) -> tuple[int, int | None]:

@@ -42,8 +42,10 @@ from anykvm.cpu.guest import (
     Handler,
     Place,
 )
-from anykvm.cpu.ir import Function, Value
+from anykvm.cpu.ir import Value
 from anykvm.cpu.state import Exit
+
+CACHE_LINE = 64
 
 
 class Form(NamedTuple):
@@ -208,9 +210,14 @@ class Memory(Operand):
                 self._place = self.h.place(address, self.bits // 8)
             if self.lock:
                 shared = self.h.get("exclusive").eq(0)
-                with self.h.If(self._place.slow & shared):
+                with self.h.If((self._place.slow | self._bus_lock(address)) & shared):
                     self.h.leave(Exit.EXCLUSIVE)
         return self._place
+
+    def _bus_lock(self, address: Value) -> Value:
+        """Whether a locked access goes across cache lines, and that is to be told."""
+        last = (address & (CACHE_LINE - 1)) + (self.bits // 8 - 1)
+        return last.uge(CACHE_LINE) & self.h.get("bus_lock_exits").ne(0)
 
     def read(self, type_: str | None = None) -> Value:
         type_ = type_ or f"i{self.bits}"
@@ -245,14 +252,15 @@ class Memory(Operand):
         return before, after
 
 
-def compare_exchange(h: Function, ptr: Value, expected: Value, new: Value) -> tuple[Value, Value]:
+def compare_exchange(h: Handler, ptr: Value, expected: Value, new: Value) -> tuple[Value, Value]:
     """A locked compare-and-exchange on host memory: the value seen, and success."""
     align = expected.bits // 8
-    pair = h.emit(
-        f"cmpxchg volatile ptr {ptr.text}, {expected.type} {expected.text}, {new.type} {new.text}"
-        f" seq_cst seq_cst, align {align}",
-        f"{{ {expected.type}, i1 }}",
-    )
+    with h.exposed():
+        pair = h.emit(
+            f"cmpxchg volatile ptr {ptr.text}, {expected.type} {expected.text}, {new.type}"
+            f" {new.text} seq_cst seq_cst, align {align}",
+            f"{{ {expected.type}, i1 }}",
+        )
     seen = h.emit(f"extractvalue {pair.type} {pair.text}, 0", expected.type)
     done = h.emit(f"extractvalue {pair.type} {pair.text}, 1", "i1")
     return seen, done

@@ -68,6 +68,7 @@ ENTRIES = (
     "fx_unpack",
     "sse_begin",
     "sse_end",
+    "enter",
 )
 
 # Vectors (SDM vol. 3, table 6-1)
@@ -134,6 +135,17 @@ class Guest(Function):
         self.set("exc_has_error", 0 if error is None else 1)
         self.set("exc_error", 0 if error is None else error)
 
+    def resume_at(self, record: Value | int, icount: Value) -> None:
+        """Notes where the guest goes on should memory not be there (extable.py): at a record, or
+        with 1 at `State.rip`.
+        """
+        self.set("fault_count", icount)
+        self.set("fault_record", record)
+
+    def resumed(self) -> None:
+        """Handlers run again, which need no note."""
+        self.set("fault_record", 0)
+
 
 class Place:
     """Somewhere in guest memory that may be written: found, checked, not yet stored to."""
@@ -149,12 +161,14 @@ class Place:
                 "i1", h.cpu, h.tlb, self.va, h.const(self.size, 64), h.pc, h.icount
             )
             h.abort_if(done ^ 1)
-        return self.ptr.load(type_, volatile=True)
+        with h.exposed():
+            return self.ptr.load(type_, volatile=True)
 
     def store(self, value: Value) -> None:
         """Stores; where that takes more than a host store and fails, the instruction ends."""
         h = self.h
-        self.ptr.store(value, volatile=True)
+        with h.exposed():
+            self.ptr.store(value, volatile=True)
         with h.If(self.slow):
             done = h.entry("commit").call(
                 "i1", h.cpu, h.tlb, self.va, h.const(self.size, 64), h.pc, h.icount
@@ -299,6 +313,19 @@ class Handler(Guest):
         return super().render()
 
     # Guest memory, by linear address
+    @contextmanager
+    def exposed(self) -> Iterator[None]:
+        """Around each access to guest memory: should the host not have it, the record, the vCPU and
+        the count are found in the registers that they came in, see extable.py.
+        """
+        pinned = (("r12", self.pc), ("r13", self.cpu), ("r14", self.icount))
+        where = ",".join(f"{{{register}}}" for register, _ in pinned)
+        values = ", ".join(f"{value.type} {value.text}" for _, value in pinned)
+        pin = f'call void asm sideeffect "", "{where}"({values})'
+        self.line(pin)
+        yield
+        self.line(pin)
+
     def _probe(self, va: Value, size: int, tag_offset: int, slow: str) -> tuple[Value, Value]:
         """Host pointer to `size` bytes at `va`, and whether it is the bounce buffer (i1)."""
         entry = self.tlb_entry(self.tlb, va)
@@ -335,7 +362,8 @@ class Handler(Guest):
     def load_type(self, va: Value, type_: str, size: int) -> Value:
         """`size` bytes at linear address `va` as an LLVM type."""
         ptr, _ = self._probe(va, size, TLB_READ, "probe_read")
-        return ptr.load(type_, volatile=True)
+        with self.exposed():
+            return ptr.load(type_, volatile=True)
 
     def load(self, va: Value, bits: int) -> Value:
         return self.load_type(va, f"i{bits}", bits // 8)
@@ -424,3 +452,13 @@ class Routine(Guest):
 
     def __getitem__(self, name: str) -> Value:
         return self.named[name]
+
+
+def noting(name: str, params: tuple[tuple[str, str], ...], result: str) -> Routine:
+    """A routine for handlers to call: `name`_inside, after noting its `pc` and `icount`."""
+    f = Routine(name, result, *params)
+    f.resume_at(f["pc"].to_int(), f["icount"])
+    found = f.call(f"@{name}_inside", result, f.cpu, *(f[n] for n, _ in params))
+    f.resumed()
+    f.ret(found)
+    return f

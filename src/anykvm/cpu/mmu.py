@@ -2,23 +2,36 @@
 not cover.
 
 Paging after SDM vol. 3, chapter 4: none, 32-bit, PAE and 4-level, with accessed and dirty bits,
-large pages, NX, SMEP and the reserved bits. The guest-physical map is two levels of tables: one
-pointer per GiB to an array of page entries of 32 bytes,
-
-    host address of the page | flags; map of translated bytes; byte of the dirty bitmap; its mask
-
-where an absent entry is MMIO. A TLB entry holds a tag for reads, one for writes and one for
+large pages, NX, SMEP and the reserved bits. The guest-physical map is memory.py's; a page that no
+slot covers is MMIO. A TLB entry holds a tag for reads, one for writes and one for
 fetches, and what to add to a linear address to get the host's. A tag that must not match is that of
 a page which never looks into this entry.
 """
 
 from __future__ import annotations
 
+from anykvm.cpu.dirty import WALK_SLACK, is_dirty, ring_full
 from anykvm.cpu.guest import PF, TLB_ADDEND, TLB_EXEC, TLB_READ, TLB_WRITE, Routine
 from anykvm.cpu.ir import PTR, Value
-from anykvm.cpu.state import TLB_ENTRIES, TLB_ENTRY, TLB_LIST, offset_of
+from anykvm.cpu.memory import (
+    CODE,
+    E_CODE,
+    E_PAGE,
+    E_SLOT,
+    LOG,
+    PAGE_ENTRY,
+    PHYSICAL_BITS,
+    RAM,
+    READONLY,
+    SLOT_COUNT,
+    SLOT_GPA,
+    SLOT_HVA,
+    SLOT_SIZE,
+    SLOT_TABLE,
+    SLOT_TABLE_ROW,
+)
+from anykvm.cpu.state import TLB_ENTRIES, TLB_ENTRY, TLB_LIST, Exit, offset_of
 
-PHYSICAL_BITS = 46
 ADDRESS_MASK = ((1 << PHYSICAL_BITS) - 1) & ~0xFFF
 RESERVED_HIGH = ((1 << 52) - 1) & ~((1 << PHYSICAL_BITS) - 1)
 
@@ -26,9 +39,6 @@ RESERVED_HIGH = ((1 << 52) - 1) & ~((1 << PHYSICAL_BITS) - 1)
 P, W, U, RSVD, I = 1, 2, 4, 8, 16  # noqa: E741
 # A page table entry
 PTE_P, PTE_W, PTE_U, PTE_A, PTE_D, PTE_PS = 1, 2, 4, 0x20, 0x40, 0x80
-# A page entry of the physical map
-PAGE_ENTRY = 32
-RAM, READONLY, CODE, LOG = 1, 2, 4, 8
 # What `walk` returns besides the page's address
 OK, OK_WRITE, OK_EXEC, OK_LARGE, OK_GLOBAL = 1, 2, 4, 8, 16
 PTE_G = 1 << 8
@@ -49,8 +59,43 @@ def page_entry() -> Routine:
     with f.If(leaf.eq(0)):
         f.ret(f.null())
     entry = leaf.offset(((f["gpa"] >> 12) & 0x3FFFF) * PAGE_ENTRY)
-    with f.If(entry.load("i64", volatile=True, align=8).eq(0)):
+    with f.If(entry.load("i64", volatile=True, align=8).ne(0)):
+        f.ret(entry)
+    f.ret(f.call("@new_entry", PTR, f.cpu, f["gpa"], entry))
+    return f
+
+
+def new_entry() -> Routine:
+    """new_entry(gpa, page): fills in a page entry that is used for the first time; null where no
+    slot has the page.
+    """
+    f = Routine("new_entry", PTR, ("gpa", "i64"), ("page", PTR))
+    table = (f.get("physmap") + SLOT_TABLE).to_ptr()
+    # The first slot that begins above the address, by halving what is left.
+    low = f.var(f.const(0, 64))
+    high = f.var((f.get("physmap") + SLOT_COUNT).to_ptr().load("i64", volatile=True, align=8))
+    with f.Loop() as loop:
+        loop.break_if(low.get().eq(high.get()))
+        middle = (low.get() + high.get()) >> 1
+        begins = table.offset(middle * SLOT_TABLE_ROW).load("i64", align=8)
+        with f.If(begins.ugt(f["gpa"])):
+            high.set(middle)
+            loop.continue_()
+        low.set(middle + 1)
+    with f.If(low.get().eq(0)):
         f.ret(f.null())
+    slot = table.offset((low.get() - 1) * SLOT_TABLE_ROW + 8).load(PTR, align=8)
+    inside = (f["gpa"] - slot.offset(SLOT_GPA).load("i64", align=8)) & ~0xFFF
+    with f.If(inside.uge(slot.offset(SLOT_SIZE).load("i64", align=8))):
+        f.ret(f.null())
+    host = slot.offset(SLOT_HVA).load("i64", align=8) + inside
+    with f.If((host & RAM).eq(0)):  # the slot is being removed
+        f.ret(f.null())
+    entry = f["page"]
+    entry.offset(E_SLOT).store(slot, volatile=True, align=8)
+    entry.offset(E_PAGE).store(inside >> 12, volatile=True, align=8)
+    # Another thread may fill it in, or find code in the page, at the same time.
+    f.line(f"cmpxchg ptr {entry.text}, i64 0, i64 {host.text} seq_cst seq_cst")
     f.ret(entry)
     return f
 
@@ -71,11 +116,45 @@ def _page_fault(f: Routine, va: Value, error: Value) -> None:
     f.ret(f.const(0, 64))
 
 
-def _set_bits(f: Routine, entry: Value, bits: int, width: int) -> None:
-    align = width // 8
-    f.line(
-        f"%{f.label('a')} = atomicrmw or ptr {entry.text}, i{width} {bits} seq_cst, align {align}"
-    )
+def _set_bits(f: Routine, gpa: Value, bits: int, width: int) -> None:
+    """Sets accessed and dirty bits of a page table's entry, unless it is in a read-only slot."""
+    f.call("@set_bits", "void", f.cpu, gpa, f.const(bits, 64), f.const(width, 64))
+
+
+def set_bits() -> Routine:
+    """set_bits(gpa, bits, width): sets bits of the page table entry of 32 or 64 bits at `gpa`."""
+    f = Routine("set_bits", "void", ("gpa", "i64"), ("bits", "i64"), ("width", "i64"))
+    entry = f.call("@page_entry", PTR, f.cpu, f["gpa"])
+    flags = entry.load("i64", volatile=True, align=8)
+    with f.If((flags & READONLY).ne(0)):
+        f.ret()
+    with f.If((flags & CODE).ne(0)), f.If(translated(f, entry, f["gpa"], f["width"] >> 3)):
+        again = f.get("table_write").ne(0) & f.get("table_write_gpa").ne(f["gpa"])
+        f.set("table_write", again.select(f.const(2, 32), f.const(1, 32)))
+        f.set("table_write_gpa", f["gpa"])
+        f.field("exit_request").store(f.const(1, 32), volatile=True)
+    with f.If((flags & LOG).ne(0)):
+        f.call("@mark_dirty", "void", f.cpu, entry)
+    at = ((flags & ~0xFFF) + (f["gpa"] & 0xFFF)).to_ptr()
+    with f.If(f["width"].eq(64)):
+        f.line(f"atomicrmw or ptr {at.text}, i64 {f['bits'].text} seq_cst, align 8")
+        f.ret()
+    narrow = f["bits"].trunc(32)
+    f.line(f"atomicrmw or ptr {at.text}, i32 {narrow.text} seq_cst, align 4")
+    f.ret()
+    return f
+
+
+def translated(f: Routine, entry: Value, gpa: Value, size: Value) -> Value:
+    """Whether any of `size` bytes in a page was translated."""
+    bytes_ = entry.offset(E_CODE).load(PTR, align=8)
+    at, last = f.var(gpa & 4095), (gpa & 4095) + size
+    found = f.var(f.const(0, 8), 8)
+    with f.Loop() as loop:
+        loop.break_if(at.get().uge(last))
+        found.set(found.get() | bytes_.offset(at.get()).load("i8", volatile=True))
+        at.set(at.get() + 1)
+    return found.get().ne(0)
 
 
 def walk() -> Routine:
@@ -111,7 +190,8 @@ def walk() -> Routine:
     )
     with f.Loop() as loop:
         index = (va >> shift.get()) & 511
-        entry = host_pointer(f, table.get() + index * 8)
+        where = table.get() + index * 8
+        entry = host_pointer(f, where)
         with f.If(entry.eq(0)):
             _page_fault(f, va, error)
         pte = entry.load("i64", volatile=True, align=8)
@@ -128,9 +208,9 @@ def walk() -> Routine:
         with f.If(large | shift.get().eq(12)):
             page = (pte & ADDRESS_MASK & ~(size - 1)) | (va & (size - 1) & ~0xFFF)
             kind = large.select(f.const(OK_LARGE, 64), f.const(0, 64))
-            _finish_walk(f, va, access, error, entry, pte, page, rights.get(), nx.get(), kind, 64)
+            _finish_walk(f, va, access, error, where, pte, page, rights.get(), nx.get(), kind, 64)
         with f.If((pte & PTE_A).eq(0)):
-            _set_bits(f, entry, PTE_A, 64)
+            _set_bits(f, where, PTE_A, 64)
         table.set(pte & ADDRESS_MASK)
         shift.set(shift.get() - 9)
         loop.continue_()
@@ -142,7 +222,7 @@ def _finish_walk(
     va: Value,
     access: Value,
     error: Value,
-    entry: Value,
+    where: Value,
     pte: Value,
     page: Value,
     rights: Value,
@@ -162,9 +242,9 @@ def _finish_walk(
     wanted = write.select(f.const(PTE_A | PTE_D, 64), f.const(PTE_A, 64))
     with f.If((pte & wanted).ne(wanted)):
         with f.If(write):
-            _set_bits(f, entry, PTE_A | PTE_D, width)
+            _set_bits(f, where, PTE_A | PTE_D, width)
         with f.Else():
-            _set_bits(f, entry, PTE_A, width)
+            _set_bits(f, where, PTE_A, width)
     dirty = write | (pte & PTE_D).ne(0)
     result = page | kind | OK
     result = result | (may_write & dirty).select(f.const(OK_WRITE, 64), f.const(0, 64))
@@ -189,10 +269,11 @@ def walk32() -> Routine:
             _page_fault(f, va, error | (P | RSVD))
         page = (pde & 0xFFC0_0000) | (((pde >> 13) & 0xFF) << 32) | (va & 0x3F_F000)
         large, zero = f.const(OK_LARGE, 64), f.const(0, 64)
-        _finish_walk(f, va, access, error, top, pde, page, pde, zero, large, 32)
+        _finish_walk(f, va, access, error, directory, pde, page, pde, zero, large, 32)
     with f.If((pde & PTE_A).eq(0)):
-        _set_bits(f, top, PTE_A, 32)
-    entry = host_pointer(f, (pde & 0xFFFF_F000) + (((va >> 12) & 1023) * 4))
+        _set_bits(f, directory, PTE_A, 32)
+    where = (pde & 0xFFFF_F000) + (((va >> 12) & 1023) * 4)
+    entry = host_pointer(f, where)
     with f.If(entry.eq(0)):
         _page_fault(f, va, error)
     pte = entry.load("i32", volatile=True, align=4).zext(64)
@@ -200,7 +281,7 @@ def walk32() -> Routine:
         _page_fault(f, va, error)
     zero = f.const(0, 64)
     page = pte & 0xFFFF_F000
-    _finish_walk(f, va, access, error, entry, pte, page, pte & pde, zero, zero, 32)
+    _finish_walk(f, va, access, error, where, pte, page, pte & pde, zero, zero, 32)
     return f
 
 
@@ -212,17 +293,23 @@ def tlb_fill() -> Routine:
     va = f["va"]
     user = f["tlb"].eq_ptr(f.user_tlb()).select(f.const(U, 64), f.const(0, 64))
     f.add_to("count_tlb_fill", 1)
+    with f.If(ring_full(f, WALK_SLACK)):
+        f.set("exit_kind", int(Exit.DIRTY_RING_FULL))
+        f.ret(f.const(0, 64))
     found = f.call("@walk", "i64", f.cpu, va, f["access"] | user)
     with f.If(found.eq(0)):
         f.ret(found)
     gpa = found & ~0xFFF
     entry = f.call("@page_entry", PTR, f.cpu, gpa)
     with f.If(entry.ne(0)):
+        f.add_to("count_tlb_filled", 1)
         slot = f.tlb_entry(f["tlb"], va)
         host = entry.load("i64", volatile=True, align=8)
         page = va & ~0xFFF
         never = _never_tag(f, va)
-        plain = (found & OK_WRITE).ne(0) & (host & (READONLY | CODE | LOG)).eq(0)
+        plain = f.var((found & OK_WRITE).ne(0) & (host & (READONLY | CODE)).eq(0))
+        with f.If((host & LOG).ne(0)):
+            plain.set(plain.get() & is_dirty(entry))
         _list_entry(f, slot, va, found)
         slot.offset(TLB_WRITE).store(never, volatile=True, align=8)
         slot.offset(TLB_READ).store(never, volatile=True, align=8)
@@ -231,12 +318,14 @@ def tlb_fill() -> Routine:
         slot.offset(TLB_EXEC).store(
             (found & OK_EXEC).ne(0).select(page, never), volatile=True, align=8
         )
-        slot.offset(TLB_WRITE).store(plain.select(page, never), volatile=True, align=8)
+        slot.offset(TLB_WRITE).store(plain.get().select(page, never), volatile=True, align=8)
         # A page that began to hold code, or to be logged, meanwhile: whoever marked it may not have
         # seen this entry.
         again = entry.load("i64", volatile=True, align=8)
         with f.If(again.ne(host)):
             slot.offset(TLB_WRITE).store(never, volatile=True, align=8)
+        with f.If(f.get("watch_kinds").ne(0)):
+            f.call("@keep_out", "void", f.cpu, slot, va, never)
     f.ret(gpa | OK)
     return f
 
@@ -316,6 +405,7 @@ def flush_page() -> Routine:
     too.
     """
     f = Routine("flush_page", "void", ("va", "i64"))
+    f.add_to("count_invlpg", 1)
     f.add_to("jump_key", 1 << 32)
     index = (f.tlb_entry(f.supervisor_tlb(), f["va"]).to_int() - f.field("tlb").to_int()) >> 5
     for tlb in (f.supervisor_tlb(), f.user_tlb()):
@@ -356,4 +446,14 @@ def protect_page() -> Routine:
     return f
 
 
-ROUTINES = (page_entry, walk, walk32, tlb_fill, flush_tlb, flush_page, protect_page)
+ROUTINES = (
+    page_entry,
+    new_entry,
+    set_bits,
+    walk,
+    walk32,
+    tlb_fill,
+    flush_tlb,
+    flush_page,
+    protect_page,
+)

@@ -11,17 +11,21 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
-from anykvm.cpu import assist, events, stepping
+from anykvm.cpu import assist, events, mmu, stepping
+from anykvm.cpu.debug import DebugFault, DebugUnit
 from anykvm.cpu.faults import GuestFault, Leave, Shutdown
 from anykvm.cpu.flags import read_rflags, write_rflags
-from anykvm.cpu.guest import DB, EVENT
+from anykvm.cpu.guest import BP, DB, EVENT, OF, PF, UD
 from anykvm.cpu.state import (
+    BOUNCE,
     REPLAY,
     TLB_ENTRIES,
     TLB_ENTRY,
     TLB_LIST,
+    TSC_RATIO_BITS,
     Exit,
     Flag,
     Mode,
@@ -34,12 +38,13 @@ if TYPE_CHECKING:
     from anykvm.cpu.engine import Engine
 
 CR0_PE, CR0_MP, CR0_EM, CR0_TS, CR0_PG = 1, 2, 4, 8, 1 << 31
-CR4_DE, CR4_PAE, CR4_OSFXSR = 1 << 3, 1 << 5, 1 << 9
+CR4_PAE, CR4_OSFXSR = 1 << 5, 1 << 9
 EFER_LMA = 1 << 10
 DR6_FIXED = 0xFFFF_0FF0
 MASK64 = 2**64 - 1
 STEP, CODE64, TF, RF, IF = (int(f) for f in (Mode.STEP, Mode.CODE64, Flag.TF, Flag.RF, Flag.IF))
 RAX, RCX, RDX, RBX = range(4)
+TRAPS = frozenset((DB, BP, OF))
 
 
 class Cpu:
@@ -47,6 +52,8 @@ class Cpu:
 
     def __init__(self, engine: Engine, index: int) -> None:
         self.engine, self.index = engine, index
+        self.space = 0  # the address space in use, and its memory
+        self.memory = engine.memory
         self._memory = ctypes.create_string_buffer(ctypes.sizeof(State) + 64)
         self.address = (ctypes.addressof(self._memory) + 63) & ~63
         self.state = State.from_address(self.address)
@@ -54,12 +61,15 @@ class Cpu:
         self._native = self._call["run"]
         self._requested = False
         self._shutdown = False
+        self._unfinished: Callable[[], None] | None = None  # what memory was missing for
         self._one_first = False
+        self.resets = 0  # of the translator, when native code was last entered
         self._completion: Callable[[bytes], None] | None = None  # of a string I/O instruction
         self._outs: bytes | None = None  # what OUTS sends
         self.on_advance: Callable[[], None] | None = None  # the rest of the instruction that left
         self.state.tlb_listed = TLB_LIST + 1
-        self.single_step = False  # leave with DEBUG after each instruction
+        self.state.tsc_ratio = 1 << TSC_RATIO_BITS
+        self.debug = DebugUnit(self)
         self.emulation_text = ""
         self._supervisor = self.address + offset_of("tlb")
         self._user = self._supervisor + TLB_ENTRIES * TLB_ENTRY
@@ -85,16 +95,20 @@ class Cpu:
         s.dr6, s.dr7 = DR6_FIXED, 0x400
         s.fpu_cw, s.fpu_sw, s.fpu_tag, s.mxcsr = 0x40, 0, 0x5555, 0x1F80
         s.pat = 0x0007_0406_0007_0406
+        self.debug.reset()
         self.mode_changed()
 
     # What the caller sees of the state
     @property
     def rflags(self) -> int:
-        return read_rflags(self.state)
+        value = read_rflags(self.state)
+        return value if not value & RF or self.debug.resumes() else value & ~RF
 
     @rflags.setter
     def rflags(self, value: int) -> None:
         write_rflags(self.state, value)
+        if value & RF:
+            self.state.resume_rip = self.state.rip
 
     @property
     def cpl(self) -> int:
@@ -105,17 +119,20 @@ class Cpu:
 
     def can_take_interrupt(self) -> bool:
         """IF is set, and no STI, MOV SS or unfinished instruction holds interrupts off."""
-        return bool(self.state.flags & IF) and not (self.in_shadow() or self.mid_instruction())
+        held = self.in_shadow() or self.mid_instruction() or self.debug.pending
+        return bool(self.state.flags & IF) and not held
 
     def in_shadow(self) -> bool:
         s = self.state
         return bool(s.shadow and s.rip == s.shadow_rip and s.insn_count == s.shadow_count)
 
     def mid_instruction(self) -> bool:
-        """The instruction at RIP has made an MMIO access: an event now would have it made twice."""
+        """The instruction at RIP has made an MMIO access: an event now would have it made twice. Or
+        delivering an event has shut the processor down, which the next `run` says.
+        """
         s = self.state
         done = s.replay_count and s.rip == s.replay_rip and s.insn_count == s.replay_insn
-        return bool(done)
+        return bool(done) or self._shutdown or self._unfinished is not None
 
     def mode_changed(self) -> None:
         """Recomputes what translations depend on, after control registers, segments or flags were
@@ -141,7 +158,7 @@ class Cpu:
             mode |= Mode.SSE_NM
         if s.cr0 & CR0_EM or not s.cr4 & CR4_OSFXSR:
             mode |= Mode.SSE_UD
-        if s.flags & TF or s.dr7 & 0xFF or self.single_step:
+        if s.flags & TF or self.debug.debugger.single_step:
             mode |= Mode.STEP
         if not mode & Mode.CODE64:
             mode_word = int(mode) | (s.seg[Seg.CS].base & 0xFFF) << 16
@@ -150,6 +167,12 @@ class Cpu:
         s.mode = mode_word
         s.jump_key += 1 << 32
         s.sse_unmasked = int(~s.mxcsr & 0x1F80 != 0)
+
+    def use_address_space(self, space: int) -> None:
+        """From now on guest-physical addresses are those of the engine's map `space`."""
+        self.space, self.memory = space, self.engine.spaces[space]
+        self.state.physmap = self.memory.address
+        self.flush_tlb()
 
     def flush_tlb(self) -> None:
         self._call["flush_tlb"](self.address, 0)
@@ -171,6 +194,27 @@ class Cpu:
         self.state.stay = self.engine.next_stay()
         self.state.jump_key += 1 << 32
 
+    # The dirty ring
+    def set_dirty_ring(self, address: int, entries: int, limit: int) -> None:
+        """Written pages of logging slots are noted in a ring of struct kvm_dirty_gfn, whose size is
+        a power of two; with `limit` entries it counts as full.
+        """
+        s = self.state
+        s.ring, s.ring_mask, s.ring_limit = address, entries - 1, limit
+        s.ring_index = s.ring_reset = 0
+
+    def dirty_ring_full(self) -> bool:
+        """Whether entries must be collected before the guest goes on."""
+        s = self.state
+        return bool(s.ring_mask) and s.ring_index - s.ring_reset >= s.ring_limit
+
+    def mark_dirty(self, gpa: int, space: int) -> None:
+        """The page at `gpa` of an address space was written other than by the guest."""
+        with self.engine.gate.passed(), self.engine.translator.lock:
+            entry = self.engine.spaces[space].entry(gpa)
+            if entry is not None:
+                self._call["mark_dirty"](self.address, entry)
+
     def finish_instruction(self) -> None:
         """The next `run` executes the one instruction that holds events off, and says REQUEST."""
         self._one_first = True
@@ -178,10 +222,18 @@ class Cpu:
     # Running
     def run(self) -> Exit:
         """Executes the guest until the caller is needed."""
+        if not self.state.mode & CODE64:
+            self.state.rip &= 0xFFFF_FFFF  # EIP; userspace may have written more
         while True:
             if self._shutdown:
                 self._shutdown = False
                 return Exit.SHUTDOWN
+            if self._unfinished is not None:
+                found = self._finish_pending()
+                if found is None and self._one_first:
+                    self._one_first, found = False, Exit.REQUEST
+                if found is not None:
+                    return found
             if self._requested:
                 self._requested = False
                 return Exit.REQUEST
@@ -192,22 +244,25 @@ class Cpu:
             if waiting and self.can_take_interrupt():
                 return Exit.IRQ_WINDOW
             try:
-                if self.state.mode & STEP:
+                if self.debug.pending:
+                    self.debug.trap()
+                if self.state.mode & STEP or self.debug.pending:
                     found = stepping.step(self)
-                elif self._one_first:
-                    self._one_first = False
-                    found = self._out_of_shadow() or Exit.REQUEST
-                elif waiting:
+                elif waiting or self._one_first:
                     found = self._out_of_shadow()
                 else:
                     self._enter()
                     found = self.deal_with_exit()
             except GuestFault as fault:
+                self._count_fault(fault)
                 found = self._deliver(fault)
             except Leave as leave:
                 found = leave.exit
             except Shutdown:
                 found = Exit.SHUTDOWN
+            if self._one_first:
+                self._one_first = False
+                found = found or Exit.REQUEST
             if found is not None:
                 return found
 
@@ -215,9 +270,14 @@ class Cpu:
         state, gate = self.state, self.engine.gate
         gate.enter()
         state.exit_request = 0
+        self.resets = self.engine.translator.resets
         if self._requested or state.tick or gate.closed:
             state.exit_request = 1
+        if armed := self.debug.armed:
+            state.watch_abort = 1
         self._native(self.address)
+        if armed:
+            state.watch_abort = 0
         gate.leave()
 
     def deal_with_exit(self) -> Exit | None:
@@ -227,7 +287,19 @@ class Cpu:
         return handler(self) if handler else EXITS[kind]
 
     def _requested_exit(self) -> Exit | None:
-        return None  # `run` looks at what was requested
+        """`run` looks at what was requested."""
+        s = self.state
+        if s.table_write:  # accessed and dirty bits in bytes that were translated
+            several, s.table_write = s.table_write > 1, 0
+            if several:
+                self.engine.forget_all()
+            self.engine.code_written(s.table_write_gpa, 8, self.space)
+        if s.debug_hit:  # SYSRET loaded TF
+            self.debug.retired()
+        return None
+
+    def _step(self) -> Exit | None:
+        return stepping.step(self)
 
     def _translate(self) -> Exit | None:
         s = self.state
@@ -260,6 +332,7 @@ class Cpu:
         return Exit.HLT
 
     def _assist(self) -> Exit | None:
+        self.state.count_assist += 1
         assist.execute(self)
         return None
 
@@ -272,20 +345,20 @@ class Cpu:
         """A store to translated code: drops that code, then lets this one instruction store."""
         s = self.state
         gpa, size = s.code_write_gpa, s.code_write_size
-        self.engine.code_written(gpa, size)
+        self.engine.code_written(gpa, size, self.space)
         s.code_write_pass = 1
         try:
             self.execute_one()
         finally:
             s.code_write_pass = 0
         found = self.deal_with_exit()
-        self.engine.code_written(gpa, size)
+        self.engine.code_written(gpa, size, self.space)
         return found
 
     def execute_one(self, *, alone: bool = False) -> None:
         """Executes one instruction natively, or finds out that it leaves."""
         s = self.state
-        before = s.mode & STEP
+        before, faults = s.mode & STEP, s.count_exception
         s.mode |= STEP
         try:
             while True:
@@ -298,58 +371,96 @@ class Cpu:
                 if self.engine.translate(self, s.rip, s.mode) is None:
                     return
         finally:
-            if not before:
+            if not before and not s.flags & TF:
                 s.mode &= ~STEP
+            if s.exit_kind == Exit.REQUEST:
+                if s.count_exception != faults:
+                    self.debug.delivering()
+                self.debug.retired()
 
     def _exclusive(self) -> Exit | None:
-        """A locked access across pages, or to MMIO: made while no other vCPU runs."""
+        """A locked access across pages, or to MMIO: made while no other vCPU runs. Whoever wants to
+        know of bus locks gets all that come here, and those across cache lines.
+        """
         s = self.state
+        faults = s.count_exception
         s.exclusive = 1
         try:
             with self.engine.alone():
                 self.execute_one(alone=True)
         finally:
             s.exclusive = 0
-        return self.deal_with_exit()
+        done = s.exit_kind == Exit.REQUEST and s.count_exception == faults
+        return self.deal_with_exit() or (Exit.BUS_LOCK if done and s.bus_lock_exits else None)
 
     def _out_of_shadow(self) -> Exit | None:
         """Just the instruction that holds interrupts off, or its rest."""
+        if self.debug.armed:
+            return stepping.step(self)
         self.execute_one()
         return None if self.state.exit_kind == Exit.REQUEST else self.deal_with_exit()
 
     # Memory, for microcode in Python
-    def _probe(self, name: str, va: int, size: int, *, supervisor: bool) -> int:
+    def _native_access(self, name: str, va: int, size: int, *, supervisor: bool) -> None:
+        """A native access between guest memory and the bounce buffer. Raises GuestFault, and Leave
+        where only the caller of `run` can help.
+        """
         s = self.state
+        s.exit_kind = 0
         tlb = self._supervisor if supervisor or self.cpl != 3 else self._user
-        s.replay_next = 0 if name == "start" else s.replay_next
-        found = self._call[name](self.address, tlb, va & MASK64, size, s.exit_record, s.insn_count)
-        if not found:
-            if s.exit_kind in (Exit.MMIO, Exit.CODE_WRITE):
-                raise Leave(Exit(s.exit_kind))
-            raise self.noted_fault()
-        return int(found)
+        with self.engine.gate.passed():  # no slot is half changed
+            made = self._call[name](
+                self.address, tlb, va & MASK64, size, s.exit_record, s.insn_count
+            )
+        if made:
+            return
+        if s.exit_kind:
+            raise Leave(Exit(s.exit_kind))
+        raise self.noted_fault()
 
     def read(self, va: int, size: int, *, supervisor: bool = False) -> bytes:
         """`size` bytes at a linear address; raises GuestFault."""
-        s = self.state
-        s.exit_kind = 0
-        return ctypes.string_at(self._probe("probe_read", va, size, supervisor=supervisor), size)
+        data = b""
+        while len(data) < size:
+            part = min(size - len(data), BOUNCE)
+            self._native_access("fetch", va + len(data), part, supervisor=supervisor)
+            data += bytes(self.state.bounce[:part])
+        return data
 
     def write(self, va: int, data: bytes, *, supervisor: bool = False) -> None:
-        """Writes bytes at a linear address; raises GuestFault."""
+        """Writes bytes at a linear address; raises GuestFault, with nothing written."""
+        parts = [(at, data[at : at + BOUNCE]) for at in range(0, len(data), BOUNCE)]
+        for at, part in parts:
+            self._write_access("probe_write", va + at, len(part), supervisor=supervisor)
+        for at, part in parts:
+            ctypes.memmove(self.state.bounce, part, len(part))
+            self._write_access("commit", va + at, len(part), supervisor=supervisor)
+
+    def _write_access(self, name: str, va: int, size: int, *, supervisor: bool) -> None:
+        """Where translated code is in the way, it goes first."""
         s = self.state
-        s.exit_kind = 0
-        size = len(data)
-        try:
-            at = self._probe("probe_write", va, size, supervisor=supervisor)
-        except Leave as leave:
-            if leave.exit is not Exit.CODE_WRITE:
-                raise
-            self.engine.code_written(s.code_write_gpa, s.code_write_size)
-            return self.write(va, data, supervisor=supervisor)
-        ctypes.memmove(at, data, size)
-        if at == self.address + offset_of("bounce"):
-            self._probe("commit", va, size, supervisor=supervisor)
+        while True:
+            try:
+                return self._native_access(name, va, size, supervisor=supervisor)
+            except Leave as leave:
+                if leave.exit is not Exit.CODE_WRITE:
+                    raise
+            self.engine.code_written(s.code_write_gpa, s.code_write_size, self.space)
+
+    def host_bytes(self, address: int, size: int) -> bytes:
+        """Guest memory by its host address, such as `fetch_page` gives; Leave where the host has
+        none there.
+        """
+        to = (ctypes.c_uint8 * size)()
+        if not self._call["copy_in"](self.address, ctypes.addressof(to), address, size):
+            raise Leave(Exit.MEMORY_FAULT)
+        return bytes(to)
+
+    def exchange(self, gpa: int, value: int) -> int:
+        """Puts a byte into guest memory, in one step; gives what was there, 0 where nothing is."""
+        with self.engine.gate.passed():
+            host = self.engine.memory.host(gpa)
+            return self._call["exchange"](self.address, host, value) if host is not None else 0
 
     def read_int(self, va: int, size: int, *, supervisor: bool = False) -> int:
         return int.from_bytes(self.read(va, size, supervisor=supervisor), "little")
@@ -362,17 +473,22 @@ class Cpu:
         return int(self._call["fetch_page"](self.address, tlb, va & MASK64)) or None
 
     # Events
+    def _count_fault(self, fault: GuestFault) -> None:
+        """Counts an exception that Python found; native code has counted its own."""
+        self.state.count_exception += 1
+        self.state.count_page_fault += fault.vector == PF
+
     def _deliver(self, fault: GuestFault) -> Exit | None:
         s = self.state
         s.exc_vector, s.exc_has_error = fault.vector, int(fault.error is not None)
         s.exc_error = fault.error or 0
         if fault.cr2 is not None:
             s.cr2 = fault.cr2
-        try:
-            events.deliver(self, fault.vector, fault.error, fault=fault.vector != DB)
-        except Shutdown:
-            return Exit.SHUTDOWN
-        return None
+        resume = fault.vector != DB
+        if isinstance(fault, DebugFault):
+            self.debug.entered(fault.dr6)
+            resume = fault.resume
+        return self._begin(partial(events.deliver, self, fault.vector, fault.error, fault=resume))
 
     def _deliver_noted(self) -> Exit | None:
         return self._deliver(self.noted_fault())
@@ -382,7 +498,10 @@ class Cpu:
         s = self.state
         s.count_interrupt += 1
         s.exc_has_error = 0
-        if not self._call["deliver"](self.address, vector, EVENT):
+        self.debug.drop_stale_rf()
+        with self.engine.gate.passed():
+            delivered = self._call["inject"](self.address, vector, EVENT)
+        if not delivered:
             self._inject(vector, None, fault=False)
 
     def inject_nmi(self) -> None:
@@ -395,16 +514,65 @@ class Cpu:
     ) -> None:
         if cr2 is not None:
             self.state.cr2 = cr2
-        self._inject(vector, error_code, fault=True)
+        self._inject(vector, error_code, fault=vector not in TRAPS)
 
-    def _inject(self, vector: int, error: int | None, *, fault: bool) -> None:
+    def inject_breakpoint(self) -> None:
+        """#BP of the INT3 at RIP."""
+        self._inject(BP, None, fault=False, software=True, rip=self.state.rip + 1 & MASK64)
+
+    def inject_debug(self, dr6: int | None) -> None:
+        """#DB for these reasons, bits of DR6; None where that says them already."""
+        self.debug.entered(dr6)
+        self._inject(DB, None, fault=False)
+
+    def _inject(
+        self,
+        vector: int,
+        error: int | None,
+        *,
+        fault: bool,
+        software: bool = False,
+        rip: int | None = None,
+    ) -> None:
         """Delivery between two runs; a triple fault shows in the next one."""
+        self.debug.drop_stale_rf()
+        deliver = partial(
+            events.deliver, self, vector, error, fault=fault, software=software, rip=rip
+        )
+        self._shutdown = self._begin(deliver) is Exit.SHUTDOWN
+
+    def _begin(self, unfinished: Callable[[], None]) -> Exit | None:
+        """Something whose accesses are its own, not those of the instruction at RIP."""
+        self._unfinished, self.state.replay_count = unfinished, 0
+        return self._finish_pending()
+
+    def _finish_pending(self) -> Exit | None:
+        """Delivers an event, or ends an instruction; or why that cannot be yet."""
+        assert self._unfinished is not None
+        self.state.replay_next = 0
         try:
-            events.deliver(self, vector, error, fault=fault)
+            self._unfinished()
+        except Leave as leave:
+            return leave.exit
         except Shutdown:
-            self._shutdown = True
+            self._unfinished = None
+            return Exit.SHUTDOWN
+        self._unfinished = None
+        self.state.replay_count = 0  # its accesses are over, also where RIP is as before
+        return None
 
     # Completion
+    def patch_instruction(self, data: bytes) -> None:
+        """Writes over the instruction that left, with the guest's rights; where it may not be
+        written the guest gets the fault.
+        """
+        try:
+            self.write(assist.linear_rip(self), data)
+        except GuestFault as fault:
+            self.inject_exception(fault.vector, fault.error, fault.cr2)
+        except Leave:  # to read-only memory, which nothing changes
+            self.inject_exception(UD)
+
     def advance(self, length: int | None = None) -> None:
         """Steps over the instruction that left, which is `length` bytes long if the caller knows
         better.
@@ -424,12 +592,16 @@ class Cpu:
         """Counts the instruction that left, and those before it that no branch has counted."""
         s = self.state
         s.insn_count += self.engine.translator.uncounted.get(s.exit_record, 1)
+        if self.debug.trace or self.debug.armed:
+            self.debug.retired()
 
     def complete_in(self, data: bytes) -> None:
         """Data that the port gave: `io_size * io_count` bytes."""
+        if self.debug.armed:
+            self.debug.note_port()
         if self._completion:
-            done, self._completion = self._completion, None
-            done(data)
+            end, self._completion = partial(self._completion, data), None
+            self._shutdown = self._begin(end) is Exit.SHUTDOWN
             return
         s = self.state
         size, value = s.io_size, int.from_bytes(data[: s.io_size], "little")
@@ -439,11 +611,18 @@ class Cpu:
 
     def complete_out(self) -> None:
         """The data reached the port."""
+        if self.debug.armed:
+            self.debug.note_port()
         if self._completion:
             done, self._completion = self._completion, None
             done(b"")
         else:
             self.advance()
+
+    def drop_io(self) -> None:
+        """The port access that left will not be completed."""
+        self._completion = self._outs = None
+        self.debug.trace = 0
 
     @property
     def io_data(self) -> bytes:
@@ -476,6 +655,17 @@ class Cpu:
             self.state.gpr[RDX] = value >> 32 & 0xFFFF_FFFF
         self.advance(2)
 
+    def translate(self, va: int) -> int | None:
+        """The physical address that a supervisor reads from at a linear one; None if it cannot."""
+        s = self.state
+        if not s.cr0 & CR0_PG:
+            return va
+        if not s.efer & EFER_LMA:
+            va &= 0xFFFF_FFFF
+        with self.engine.gate.passed():  # no slot is half changed
+            found = self._call["walk"](self.address, va, 0)
+        return found & mmu.ADDRESS_MASK | va & 0xFFF if found else None
+
     def complete_cpuid(self, eax: int, ebx: int, ecx: int, edx: int) -> None:
         for n, value in ((RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)):
             self.state.gpr[n] = value
@@ -484,11 +674,14 @@ class Cpu:
 
 EXITS: dict[int, Exit] = {int(kind): kind for kind in Exit}
 INTERNAL: dict[int, Callable[[Cpu], Exit | None]] = {
+    Exit.NONE: Cpu._noted,
     Exit.TRANSLATE: Cpu._translate,
     Exit.ASSIST: Cpu._assist,
     Exit.CODE_WRITE: Cpu._code_write,
     Exit.CODE_CHANGED: Cpu._code_changed,
     Exit.EXCLUSIVE: Cpu._exclusive,
+    Exit.WATCH: Cpu._step,
+    Exit.STEP_HERE: Cpu._step,
     Exit.DELIVER: Cpu._deliver_noted,
     Exit.REQUEST: Cpu._requested_exit,
     Exit.EMULATION: Cpu._emulation,

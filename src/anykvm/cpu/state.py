@@ -28,7 +28,9 @@ TLB_ENTRY = 32  # read tag, write tag, execute tag, host addend
 JUMP_ENTRIES = 4096
 JUMP_ENTRY = 32  # rip, mode, record, -
 BOUNCE = 128  # bytes; the widest access is 64, twice for two operands
-REPLAY = 16  # MMIO accesses that one instruction can make
+REPLAY = 128  # MMIO accesses that one instruction can make: FXSAVE 64, ENTER of 31 levels 63
+WATCHES = 4  # debug registers with an address
+TSC_RATIO_BITS = 48  # fractional bits of `State.tsc_ratio`, as VMX's multiplier has
 
 
 class Seg(IntEnum):
@@ -49,6 +51,8 @@ class Exit(IntEnum):
     DELIVER = 4  # an exception whose delivery is in Python
     CODE_CHANGED = 5  # the code at a page (code_write_gpa: its host address) is not what it was
     EXCLUSIVE = 6  # a locked access that no single host instruction can make
+    WATCH = 7  # an access meets a data breakpoint
+    STEP_HERE = 8  # the code's page has an instruction breakpoint
     REQUEST = 16
     IRQ_WINDOW = 17
     HLT = 18
@@ -62,6 +66,14 @@ class Exit(IntEnum):
     SHUTDOWN = 26
     EMULATION = 27
     DEBUG = 28
+    VMCALL = 29
+    VMMCALL = 30
+    RSM = 31
+    MONITOR = 32
+    MWAIT = 33
+    BUS_LOCK = 34  # a locked access across cache lines is done, see `bus_lock_exits`
+    DIRTY_RING_FULL = 40  # written pages are to be collected before one more is written
+    MEMORY_FAULT = 41  # the host memory behind a slot is not there, see extable.py
 
 
 class Flag(IntFlag):
@@ -85,7 +97,7 @@ class Mode(IntFlag):
     NM = 16  # CR0.TS or CR0.EM: x87 and MMX raise #NM or #UD
     SSE_UD = 32  # CR4.OSFXSR clear or CR0.EM set
     SSE_NM = 64
-    STEP = 128  # one instruction a block: RFLAGS.TF, breakpoints, guest debug
+    STEP = 128  # one instruction a block: RFLAGS.TF, a debugger's single step
     USER = 256  # CPL 3: in the jump cache only
     LONG = 512  # EFER.LMA
     AVX_UD = 1024
@@ -112,6 +124,15 @@ class Replay(ctypes.Structure):
     size: int
     write: int
     _fields_ = [("gpa", u64), ("data", u64), ("size", u32), ("write", u32)]
+
+
+class Watch(ctypes.Structure):
+    """Where one debug register looks, see watch.py: the first and last address, and what for."""
+
+    first: int
+    last: int
+    kinds: int
+    _fields_ = [("first", u64), ("last", u64), ("kinds", u32), ("pad", u32)]
 
 
 class State(ctypes.Structure):
@@ -173,6 +194,7 @@ class State(ctypes.Structure):
         ("sysenter_eip", u64),
         ("tsc_aux", u64),
         ("tsc_offset", u64),
+        ("tsc_ratio", u64),  # the guest's TSC: host's * ratio >> TSC_RATIO_BITS, plus the offset
         ("pat", u64),
         ("apic_base", u64),
         # Control of the native side
@@ -214,6 +236,7 @@ class State(ctypes.Structure):
         ("insn_bytes", u8 * 16),
         ("insn_len", u32),
         ("exclusive", u32),  # no other vCPU is running
+        ("bus_lock_exits", u32),  # leave after a locked access across cache lines, or to MMIO
         ("code_write_pass", u32),  # let the next store to translated code through
         ("code_write_gpa", u64),
         ("code_write_size", u64),
@@ -224,6 +247,27 @@ class State(ctypes.Structure):
         ("blocks_mask", u64),
         ("records", u64),
         ("records_rip", u64),
+        # Host memory that is not there, see extable.py
+        ("fault_context", u64),
+        ("fault_record", u64),  # where to go on, 1 for State.rip; 0 while handlers run
+        ("fault_count", u64),  # instructions retired there
+        ("fault_gpa", u64),
+        # The dirty ring, see dirty.py; no ring is mask 0
+        ("ring", u64),
+        ("ring_mask", u64),  # entries - 1
+        ("ring_limit", u64),  # so many entries are as good as full
+        ("ring_index", u64),  # where the next page is noted
+        ("ring_reset", u64),  # the oldest that was not collected
+        ("ring_reserve", u32),  # what runs now may use the entries beyond the limit
+        ("table_write", u32),  # the page walk wrote to bytes that were translated
+        ("table_write_gpa", u64),
+        # Debugging, see watch.py and debug.py
+        ("watch", Watch * WATCHES),
+        ("watch_kinds", u32),  # of all together
+        ("watch_abort", u32),  # an access that meets a breakpoint is abandoned, else noted
+        ("debug_hit", u32),  # what is to be trapped for after this instruction: bits of DR6
+        ("untraced", u32),  # this instruction decided about TF itself
+        ("resume_rip", u64),  # where RFLAGS.RF was loaded for
         # Native entry points, so that objects need no linking
         ("fn", u64 * 64),
         # Statistics
@@ -232,6 +276,10 @@ class State(ctypes.Structure):
         ("count_exception", u64),
         ("count_interrupt", u64),
         ("count_flush", u64),
+        ("count_tlb_filled", u64),  # of the walks in count_tlb_fill, those that found memory
+        ("count_invlpg", u64),
+        ("count_page_fault", u64),
+        ("count_assist", u64),
         ("tlb_listed", u64),
         (
             "large_low",
@@ -252,6 +300,7 @@ class State(ctypes.Structure):
     fn: ctypes.Array[c_uint64]
     bounce: ctypes.Array[c_uint8]
     replay: ctypes.Array[Replay]
+    watch: ctypes.Array[Watch]
     insn_bytes: ctypes.Array[c_uint8]
     zero: int
     lf_res: int
@@ -289,6 +338,7 @@ class State(ctypes.Structure):
     sysenter_eip: int
     tsc_aux: int
     tsc_offset: int
+    tsc_ratio: int
     pat: int
     apic_base: int
     mode: int
@@ -323,6 +373,7 @@ class State(ctypes.Structure):
     replay_insn: int
     insn_len: int
     exclusive: int
+    bus_lock_exits: int
     code_write_pass: int
     code_write_gpa: int
     code_write_size: int
@@ -332,11 +383,32 @@ class State(ctypes.Structure):
     blocks_mask: int
     records: int
     records_rip: int
+    fault_context: int
+    fault_record: int
+    fault_count: int
+    fault_gpa: int
+    ring: int
+    ring_mask: int
+    ring_limit: int
+    ring_index: int
+    ring_reset: int
+    ring_reserve: int
+    table_write: int
+    table_write_gpa: int
+    watch_kinds: int
+    watch_abort: int
+    debug_hit: int
+    untraced: int
+    resume_rip: int
     count_tlb_fill: int
     count_lookup: int
     count_exception: int
     count_interrupt: int
     count_flush: int
+    count_tlb_filled: int
+    count_invlpg: int
+    count_page_fault: int
+    count_assist: int
     tlb_listed: int
 
 

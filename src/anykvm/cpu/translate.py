@@ -54,6 +54,13 @@ class Unit(NamedTuple):
     heads: tuple[tuple[int, int, int, int], ...]
 
 
+class Fetcher(NamedTuple):
+    """How the translator reads the guest: bytes by host address, and the page after the first."""
+
+    bytes_at: Callable[[int, int], bytes]
+    second: Callable[[], int | None]
+
+
 class CodePage:
     """A host page with translated code. Native code reads the memory behind it, in this order:
 
@@ -109,6 +116,7 @@ class Translator:
         self.uncounted: dict[int, int] = {}  # by record that leaves: instructions up to it
         self._next = 1
         self._used = 0
+        self.resets = 0
         self._poll, self._seek, self._missing, self._dropped = (
             handlers.address(Form(name)) for name in ("poll", "seek", "missing", "dropped")
         )
@@ -173,6 +181,8 @@ class Translator:
         """Enters a block. Readers take no lock: an entry matches nothing until its mode is written,
         last.
         """
+        if (rip, host, mode) in self.blocks:
+            return  # a head of another unit too: one entry, or dropping would leave the other
         mask = MAX_BLOCKS - 1
         if self._used * 2 > MAX_BLOCKS:
             raise CodeFull
@@ -200,29 +210,25 @@ class Translator:
         words[slot * ENTRY_WORDS + 2] = NO_MODE
 
     # Units
-    def translate(
-        self, rip: int, mode: int, base: int, host: int, second: Callable[[], int | None]
-    ) -> int | None:
+    def translate(self, rip: int, mode: int, base: int, host: int, memory: Fetcher) -> int | None:
         """Translates at `rip` (linear address `base` further on), whose page stands at `host`;
-        `second` gives the next page if an instruction needs it.
+        `memory` gives the bytes there, and the next page if an instruction needs it.
 
         Returns the record, or None where the second page could not be fetched (the fault is noted).
         """
         start = time.perf_counter()
         try:
-            return self._translate(rip, mode, base, host, second)
+            return self._translate(rip, mode, base, host, memory)
         finally:
             self.seconds += time.perf_counter() - start
 
-    def _translate(
-        self, rip: int, mode: int, base: int, host: int, second: Callable[[], int | None]
-    ) -> int | None:
+    def _translate(self, rip: int, mode: int, base: int, host: int, memory: Fetcher) -> int | None:
         known = self.blocks.get((rip, host, mode))
         if known is not None:
             return known
         page = self.pages[host]
         offset = (rip + base) & (PAGE - 1)
-        code = ctypes.string_at(host + offset, PAGE - offset)
+        code = memory.bytes_at(host + offset, PAGE - offset)
         second_host = 0
         image = self.cache.find(rip, mode, code)
         if image is None:
@@ -232,11 +238,12 @@ class Translator:
                 if not mode & STEP:
                     self.cache.add(rip, mode, image)
             else:  # the first instruction crosses into the next page
-                found = second()
+                found = memory.second()
                 if found is None:
                     return None
                 second_host = found
-                builder.collect_one(code + ctypes.string_at(second_host, 16))
+                more = memory.bytes_at(second_host, 16)
+                builder.collect_one(code + more)
                 image = builder.image()
         placed = self._place(image, host, mode, base)
         heads = tuple((r, host, mode, record) for r, record in placed)
@@ -246,7 +253,7 @@ class Translator:
         if second_host:
             tail = builder.length - len(code)
             self.pages[second_host].units.append(Unit(0, tail, heads))
-            self.pages[second_host].mark(0, tail, ctypes.string_at(second_host, tail))
+            self.pages[second_host].mark(0, tail, more[:tail])
         for head_rip, record in placed:
             self._publish(head_rip, host, mode, record, second_host)
         self.units += 1
@@ -278,6 +285,7 @@ class Translator:
         self.uncounted.clear()
         ctypes.memset(self.table, 0, MAX_BLOCKS * BLOCK_ENTRY)
         self._next, self._used = 1, 0
+        self.resets += 1
 
 
 def special(name: str, mode: Mode, mmx: bool = False) -> str | None:

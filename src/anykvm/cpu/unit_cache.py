@@ -59,9 +59,16 @@ class UnitCache:
         return image
 
     def add(self, rip: int, mode: int, image: UnitImage) -> None:
+        if len(self._units) >= 2 * MOST:
+            self.forget()
         self._units[rip, mode] = image
         self._used.add((rip, mode))
         self._fresh += 1
+
+    def forget(self) -> None:
+        """Drops all that is in memory; the file has what was saved."""
+        with self._lock:
+            self._units, self._used, self._fresh = {}, set(), 0
 
     def _load(self) -> None:
         if self._path is None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from anykvm.fs.file import File, fput, get_file, get_file_unless_zero
 from anykvm.fs.mapping import Memfd, inode_key
+from anykvm.fs.task import current
 
 Key = tuple[int, int]
 
@@ -129,7 +130,9 @@ FILES = FdTable()
 
 def fd_install(memfd: Memfd, file: File) -> int:
     """Publish `file` under the descriptor of `memfd`, which it takes over (`fd_install`)."""
-    return FILES.install(memfd, file)
+    fd = FILES.install(memfd, file)
+    current().fd_installed(fd)
+    return fd
 
 
 def fget(fd: int) -> File | None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from functools import partial
 
+from anykvm.fs import libc
 from anykvm.fs.file import File
+from anykvm.fs.intercept import IoctlCall, intercepting, through
 from anykvm.fs.task import current
+from anykvm.fs.trace import call, enabled
 from anykvm.fs.vfs import absent, setfl
 
 FIONCLEX = 0x5450
@@ -33,6 +37,16 @@ _VFS_IOCTLS: dict[int, Callable[[int, File, int], int]] = {
     FIONBIO: lambda fd, file, arg: _toggle(fd, file, arg, os.O_NONBLOCK),
     FIOASYNC: lambda fd, file, arg: _toggle(fd, file, arg, os.O_ASYNC),
 }
+
+
+def do_ioctl(fd: int, file: File | None, cmd: int, arg: int) -> int:
+    """The ioctl of a descriptor, traced and intercepted; without `file` it is the system's."""
+    if not enabled() and not intercepting():
+        return libc.ioctl(fd, cmd, arg) if file is None else vfs_ioctl(fd, file, cmd, arg)
+    with call("ioctl", fd=fd, file=file, cmd=cmd, arg=arg) as this:
+        last = partial(libc.ioctl, fd) if file is None else partial(vfs_ioctl, fd, file)
+        this.result = result = through(IoctlCall(fd, file, cmd, arg), partial(last, cmd, arg))
+        return result
 
 
 def vfs_ioctl(fd: int, file: File, cmd: int, arg: int) -> int:

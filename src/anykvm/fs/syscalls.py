@@ -16,14 +16,13 @@ import os
 import select
 from pathlib import Path
 
-from anykvm.fs import libc
 from anykvm.fs.backend import HOST_KVM, choose
 from anykvm.fs.char_dev import namei
 from anykvm.fs.fdtable import FILES, fd_install, fget
 from anykvm.fs.file import File, Inode, VmArea, fput
-from anykvm.fs.ioctl import vfs_compat_ioctl, vfs_ioctl
+from anykvm.fs.ioctl import do_ioctl, vfs_compat_ioctl
 from anykvm.fs.mapping import MAP_SHARED, PROT_READ, PROT_WRITE, Mapping, Memfd
-from anykvm.fs.trace import call, enabled
+from anykvm.fs.trace import call
 from anykvm.fs.vfs import (
     do_dentry_open,
     filp_close,
@@ -103,13 +102,7 @@ def ioctl(fd: int, cmd: int, arg: int = 0) -> int:
     """ioctl(2): `arg` is an address or a value, as the number says."""
     file = fget(fd)
     try:
-        if not enabled():
-            return libc.ioctl(fd, cmd, arg) if file is None else vfs_ioctl(fd, file, cmd, arg)
-        with call("ioctl", fd=fd, file=file, cmd=cmd, arg=arg) as this:
-            this.result = result = (
-                libc.ioctl(fd, cmd, arg) if file is None else vfs_ioctl(fd, file, cmd, arg)
-            )
-            return result
+        return do_ioctl(fd, file, cmd, arg)
     finally:
         if file is not None:
             fput(file)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from anykvm.fs.uaccess import UserMemory
 
@@ -30,16 +30,46 @@ def current_cred() -> Cred:
     return Cred(os.getuid(), os.getgid(), os.geteuid(), os.getegid())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Task:
-    """A process that calls: `pid` None is ourselves."""
+    """A process that calls: `pid` None is ourselves.
+
+    Who serves another process's threads derives from this, and says what differs for them.
+    """
 
     pid: int | None = None
     cred: Cred = field(default_factory=current_cred)
-    mm: UserMemory = field(init=False, compare=False)
+    mm: UserMemory = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mm", UserMemory(self.pid))
+        self.mm = UserMemory(self.pid)
+
+    def dup_fd(self, fd: int) -> int:
+        """A descriptor of ours for the caller's descriptor `fd`. EBADF."""
+        return os.dup(fd)
+
+    def fd_installed(self, fd: int) -> None:
+        """A descriptor of a new file was made on the caller's behalf."""
+
+    @property
+    def remote(self) -> RemoteThread | None:
+        """The calling thread, where it is another process's."""
+        return None
+
+
+class RemoteThread(Protocol):
+    """A thread of another process that waits in a call of ours."""
+
+    tid: int
+
+    on_signal: Callable[[], None] | None
+    """Called, by any thread, when the call is to end for a signal."""
+
+    signal_mask: int | None
+    """What is blocked during the call; None for the thread's own mask."""
+
+    def signal_pending(self) -> bool:
+        """Whether a signal ended its wait, or one is pending that is not blocked."""
 
 
 class _Current(threading.local):
@@ -54,15 +84,21 @@ def current() -> Task:
     return _current.task
 
 
-@contextmanager
-def as_current(task: Task) -> Iterator[Task]:
+class as_current:
     """Run what is inside on behalf of `task`, in this thread."""
-    before = _current.task
-    _current.task = task
-    try:
-        yield task
-    finally:
-        _current.task = before
+
+    __slots__ = ("_before", "_task")
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __enter__(self) -> Task:
+        self._before = _current.task
+        _current.task = self._task
+        return self._task
+
+    def __exit__(self, *error: object) -> None:
+        _current.task = self._before
 
 
 def copy_from_user(address: int, length: int) -> bytes:

@@ -6,10 +6,12 @@ is 0.
 
 from __future__ import annotations
 
+from anykvm.kvm.dirty_ring import KVM_DIRTY_RING_MAX_SIZE
 from anykvm.kvm.irqchip import KVM_MAX_IRQ_ROUTES
 from anykvm.kvm.kvm_main import Kvm, arch
 from anykvm.kvm.memslots import KVM_USER_MEM_SLOTS
 from anykvm.uapi import kvm as uapi
+from anykvm.uapi import later
 
 GENERIC_CAPS: dict[int, int] = {
     uapi.KVM_CAP_USER_MEMORY: 1,
@@ -27,12 +29,17 @@ GENERIC_CAPS: dict[int, int] = {
     uapi.KVM_CAP_SIGNAL_MSI: 1,
     uapi.KVM_CAP_IMMEDIATE_EXIT: 1,
     uapi.KVM_CAP_READONLY_MEM: 1,
+    uapi.KVM_CAP_BINARY_STATS_FD: 1,
     uapi.KVM_CAP_COALESCED_MMIO: uapi.KVM_COALESCED_MMIO_PAGE_OFFSET,
     uapi.KVM_CAP_COALESCED_PIO: 1,
     uapi.KVM_CAP_IRQ_ROUTING: KVM_MAX_IRQ_ROUTES,
     uapi.KVM_CAP_NR_MEMSLOTS: KVM_USER_MEM_SLOTS,
     uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
     | uapi.KVM_DIRTY_LOG_INITIALLY_SET,
+    uapi.KVM_CAP_DIRTY_LOG_RING: KVM_DIRTY_RING_MAX_SIZE,
+    uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: KVM_DIRTY_RING_MAX_SIZE,
+    later.KVM_CAP_USER_MEMORY2: 1,
+    later.KVM_CAP_MEMORY_FAULT_INFO: 1,
 }
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from errno import EOPNOTSUPP
+from errno import EINVAL, EMFILE, EOPNOTSUPP
 
 from anykvm.fs.anon_inodes import anon_inode_getfd
 from anykvm.fs.char_dev import KVM_MINOR, MiscDevice, misc_register
@@ -30,12 +30,18 @@ kvm_module = Module("kvm")
 kvm_dev_ioctls: IoctlTable[File] = IoctlTable("kvm_dev_ioctl")
 
 
-@kvm_dev_ioctls.row("KVM_GET_API_VERSION", Value(unused=True))
+@kvm_dev_ioctls.row("KVM_GET_API_VERSION", Value(unused=True), returns="12")
 def kvm_dev_ioctl_get_api_version(file: File, _: int) -> int:
+    """The version, which has not changed since Linux 2.6.22."""
     return KVM_API_VERSION
 
 
-@kvm_dev_ioctls.row("KVM_CREATE_VM", Value())
+@kvm_dev_ioctls.row(
+    "KVM_CREATE_VM",
+    Value(),
+    returns="the descriptor of a new VM",
+    errors={EINVAL: "the type of VM is not 0", EMFILE: "no descriptor is free"},
+)
 def kvm_dev_ioctl_create_vm(file: File, vm_type: int) -> int:
     """A new descriptor, which holds the VM."""
     kvm = kvm_create_vm(vm_type)
@@ -46,18 +52,26 @@ def kvm_dev_ioctl_create_vm(file: File, vm_type: int) -> int:
         raise
 
 
-@kvm_dev_ioctls.row("KVM_CHECK_EXTENSION", Value())
+@kvm_dev_ioctls.row(
+    "KVM_CHECK_EXTENSION", Value(), returns="the capability's value, 0 for what is not there"
+)
 def kvm_dev_ioctl_check_extension(file: File, cap: int) -> int:
+    """What is there and how much of it, for VMs in general."""
     return kvm_vm_ioctl_check_extension_generic(None, cap)
 
 
-@kvm_dev_ioctls.row("KVM_GET_VCPU_MMAP_SIZE", Value(unused=True))
+@kvm_dev_ioctls.row(
+    "KVM_GET_VCPU_MMAP_SIZE", Value(unused=True), returns="bytes that a vCPU's descriptor maps"
+)
 def kvm_dev_ioctl_get_vcpu_mmap_size(file: File, _: int) -> int:
+    """kvm_run, the data of port I/O and the ring of coalesced writes: three pages."""
     return VCPU_MMAP_PAGES * PAGE_SIZE
 
 
 # Tracing of the first KVM versions: Linux keeps the numbers and refuses them.
-kvm_dev_ioctls.mark_absent(EOPNOTSUPP, "KVM_TRACE_ENABLE", "KVM_TRACE_PAUSE", "KVM_TRACE_DISABLE")
+kvm_dev_ioctls.mark_absent(
+    EOPNOTSUPP, "KVM_TRACE_ENABLE", "KVM_TRACE_PAUSE", "KVM_TRACE_DISABLE", why="obsolete"
+)
 
 
 def kvm_dev_ioctl(file: File, cmd: int, arg: int) -> int:

@@ -10,14 +10,14 @@ import contextlib
 import os
 import threading
 from dataclasses import dataclass
-from errno import EAGAIN, EBUSY, EEXIST, EINVAL, ENOENT
+from errno import EBUSY, EEXIST, EINVAL, ENOENT
 from typing import TYPE_CHECKING
 
+from anykvm.fs.task import current
 from anykvm.kvm.errors import fail
 from anykvm.kvm.iodev import KvmBus, KvmIoDevice
 from anykvm.kvm.irqchip import (
     KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID,
-    KVM_MAX_IRQ_ROUTES,
     KVM_USERSPACE_IRQ_SOURCE_ID,
     kvm_set_irq,
 )
@@ -43,7 +43,7 @@ class EventfdCtx:
     """
 
     def __init__(self, fd: int) -> None:
-        self.fd = os.dup(fd)  # EBADF for no descriptor at all
+        self.fd = current().dup_fd(fd)  # EBADF for no descriptor at all
         try:
             self.id = self._identify(self.fd)
         except OSError:
@@ -153,10 +153,8 @@ class KvmEventfds:
 
     def _irqfd_assign(self, args: kvm_irqfd) -> None:
         resample = bool(args.flags & KVM_IRQFD_FLAG_RESAMPLE)
-        if not self._kvm.kvm_arch_intc_initialized():
-            raise fail(EAGAIN, "there is no in-kernel interrupt controller yet")
-        if args.gsi >= KVM_MAX_IRQ_ROUTES or not self._kvm.kvm_arch_irqfd_allowed(resample):
-            raise fail(EINVAL, f"gsi {args.gsi} cannot have such an irqfd")
+        if not self._kvm.kvm_arch_irqfd_allowed(resample):
+            raise fail(EINVAL, "no in-kernel interrupt controller, or none that resamples")
         eventfd = EventfdCtx(_signed(args.fd))
         try:
             resampler = EventfdCtx(_signed(args.resamplefd)) if resample else None

@@ -44,6 +44,7 @@ class KernelIrqRoutingEntry:
     address_lo: int = 0
     address_hi: int = 0
     data: int = 0
+    hv_sint: tuple[int, int] = (-1, -1)  # processor and source of Hyper-V's SynIC
 
 
 class IrqRoutingTable:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from errno import EEXIST, EINVAL, EIO, ENODEV
 from typing import Any, Protocol
@@ -20,14 +21,21 @@ from anykvm.fs.mapping import Mapping, Memfd
 from anykvm.fs.task import current
 from anykvm.fs.trace import call
 from anykvm.fs.uaccess import UserMemory
+from anykvm.kvm.binary_stats import (
+    KvmVcpuStatGeneric,
+    KvmVmStatGeneric,
+    kvm_vcpu_stats,
+    kvm_vm_stats,
+)
 from anykvm.kvm.coalesced_mmio import CoalescedRing, CoalescedZones
+from anykvm.kvm.dirty_ring import RING_OFFSET, KvmDirtyRing
 from anykvm.kvm.errors import fail
 from anykvm.kvm.eventfd import KvmEventfds
 from anykvm.kvm.ioctl import IoctlTable
 from anykvm.kvm.iodev import KvmBus, KvmIoBus
 from anykvm.kvm.irqchip import IrqRoutingTable, KernelIrqRoutingEntry
 from anykvm.kvm.memslots import PAGE_SIZE, KvmMemorySlot, KvmMemslots, KvmMrChange
-from anykvm.kvm.sigset import KvmSigset
+from anykvm.kvm.sigset import new_sigset
 from anykvm.kvm.worker import Worker
 from anykvm.uapi.kvm import (
     KVM_COALESCED_MMIO_PAGE_OFFSET,
@@ -52,15 +60,24 @@ class VcpuMode(IntEnum):
 class Kvm(ABC):
     """struct kvm. `lock` guards the vCPUs and creation flags, `slots_lock` the slots and buses."""
 
+    address_space_num = 1
+    stat_type: type[KvmVmStatGeneric] = KvmVmStatGeneric
+    stat: KvmVmStatGeneric
+
     def __init__(self) -> None:
         self.mm: UserMemory = current().mm
+        self.userspace_pid = self.mm.pid
+        self.stats = kvm_vm_stats(self.mm.pid, self.stat_type)
+        self.stat = self.stats.stat
         self.users_count = 1
         self._users_lock = threading.Lock()
         self.lock = threading.RLock()
         self.slots_lock = threading.RLock()
         self.vcpus: dict[int, KvmVcpu] = {}  # by vcpu_id
         self.max_vcpus = KVM_MAX_VCPUS
-        self.memslots = KvmMemslots()
+        self.address_spaces = tuple(map(KvmMemslots, range(self.address_space_num)))
+        self.memslots = self.address_spaces[0]
+        self.dirty_ring_size = 0  # bytes; 0: there is the dirty log
         self.manual_dirty_log_protect = 0
         self.buses = {bus: KvmIoBus() for bus in KvmBus}
         self.worker = Worker("kvm-vm")
@@ -86,6 +103,12 @@ class Kvm(ABC):
         """The vCPU is among `vcpus` now."""
 
     @abstractmethod
+    def kvm_arch_prepare_memory_region(
+        self, change: KvmMrChange, old: KvmMemorySlot | None, new: KvmMemorySlot | None
+    ) -> None:
+        """Refuse a change that the processor cannot follow; EINVAL."""
+
+    @abstractmethod
     def kvm_arch_commit_memory_region(
         self, change: KvmMrChange, old: KvmMemorySlot | None, new: KvmMemorySlot | None
     ) -> None:
@@ -94,6 +117,10 @@ class Kvm(ABC):
     @abstractmethod
     def kvm_arch_sync_dirty_log(self, slot: KvmMemorySlot) -> None:
         """Move what the processor has dirtied into the slot's bitmap, and go on from there."""
+
+    @abstractmethod
+    def kvm_arch_reset_dirty_gfns(self, gfns: list[tuple[int, int]]) -> None:
+        """Pages (slot number, page in the slot) go into a dirty ring when they are written next."""
 
     @abstractmethod
     def kvm_arch_intc_initialized(self) -> bool:
@@ -116,6 +143,10 @@ class Kvm(ABC):
         """KVM_ENABLE_CAP for capabilities of the architecture; EINVAL."""
 
     @abstractmethod
+    def kvm_arch_publish_stats(self) -> None:
+        """Bring what the processor counts of the VM into `stat`."""
+
+    @abstractmethod
     def kvm_arch_destroy_vm(self) -> None:
         """Free what the architecture holds; no vCPU is left."""
 
@@ -125,23 +156,35 @@ class Kvm(ABC):
     def dirty_log_initially_set(self) -> bool:
         return bool(self.manual_dirty_log_protect & KVM_DIRTY_LOG_INITIALLY_SET)
 
+    @property
+    def vcpu_file_size(self) -> int:
+        """What a vCPU's descriptor has to map: kvm_run and its kin, and the dirty ring."""
+        if self.dirty_ring_size:
+            return RING_OFFSET + self.dirty_ring_size
+        return VCPU_MMAP_PAGES * PAGE_SIZE
+
     def get_vcpu_by_id(self, vcpu_id: int) -> KvmVcpu | None:
         return self.vcpus.get(vcpu_id)
 
     def check_mm(self) -> None:
         """EIO for callers other than the process that made the VM."""
-        if not self.mm.same(current().mm):
+        if self.userspace_pid != current().mm.pid:
             raise fail(EIO, "the VM belongs to another process")
 
 
 class KvmVcpu(ABC):
     """struct kvm_vcpu. `mutex` is held by the ioctl under way; `run` is the shared kvm_run page."""
 
+    stat_type: type[KvmVcpuStatGeneric] = KvmVcpuStatGeneric
+    stat: KvmVcpuStatGeneric
+
     def __init__(self, kvm: Kvm, vcpu_id: int, memfd: Memfd) -> None:
         self.kvm = kvm
         self.vcpu_id = vcpu_id
         self.vcpu_idx = len(kvm.vcpus)
         self.mutex = threading.Lock()
+        self.stats = kvm_vcpu_stats(kvm.stats.stats_id, vcpu_id, self.stat_type)
+        self.stat = self.stats.stat
         mapping = memfd.mapping
         assert mapping is not None
         self.run = mapping.view(kvm_run)
@@ -150,7 +193,10 @@ class KvmVcpu(ABC):
         self.coalesced_ring = mapping.view(
             CoalescedRing, KVM_COALESCED_MMIO_PAGE_OFFSET * PAGE_SIZE
         )
-        self.sigset = KvmSigset()
+        self.dirty_ring: KvmDirtyRing | None = None
+        if kvm.dirty_ring_size:
+            self.dirty_ring = KvmDirtyRing(mapping, kvm.dirty_ring_size)
+        self.sigset = new_sigset(self.kick)
         self.mode = VcpuMode.OUTSIDE_GUEST_MODE
 
     @abstractmethod
@@ -181,6 +227,30 @@ class KvmArch(Protocol):
     def kvm_arch_alloc_vm(self, vm_type: int) -> Kvm: ...
 
     def kvm_vm_ioctl_check_extension(self, kvm: Kvm | None, cap: int) -> int | None: ...
+
+
+class _Running(threading.local):
+    """The vCPU whose ioctl a thread executes."""
+
+    vcpu: KvmVcpu | None = None
+
+
+_running = _Running()
+
+
+@contextmanager
+def vcpu_load(vcpu: KvmVcpu) -> Iterator[None]:
+    """`vcpu_load` ... `vcpu_put`."""
+    _running.vcpu = vcpu
+    try:
+        yield
+    finally:
+        _running.vcpu = None
+
+
+def kvm_get_running_vcpu() -> KvmVcpu | None:
+    """The vCPU whose ioctl the calling thread executes; known only where there is a dirty ring."""
+    return _running.vcpu
 
 
 _arch: KvmArch | None = None
@@ -233,8 +303,10 @@ def kvm_destroy_vm(kvm: Kvm) -> None:
         for vcpu in kvm.vcpus.values():
             vcpu.kvm_arch_vcpu_destroy()
             vcpu.sigset.close()
+            vcpu.stats.close()
         kvm.vcpus.clear()
         kvm.kvm_arch_destroy_vm()
+        kvm.stats.close()
 
 
 def kvm_create_vcpu(kvm: Kvm, vcpu_id: int, memfd: Memfd) -> KvmVcpu:

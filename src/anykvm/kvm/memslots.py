@@ -6,7 +6,8 @@ virt/kvm/kvm_main.c, `__kvm_set_memory_region`; api.rst 4.35 (slots), 4.8 and 4.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,12 +19,18 @@ from anykvm.uapi.kvm import (
     KVM_MEM_READONLY,
     kvm_userspace_memory_region,
 )
+from anykvm.uapi.later import kvm_userspace_memory_region2
+
+MemoryRegion = kvm_userspace_memory_region | kvm_userspace_memory_region2
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 KVM_USER_MEM_SLOTS = 32764  # SHRT_MAX less the three private slots of x86
 KVM_MEM_MAX_NR_PAGES = (1 << 31) - 1
 TASK_SIZE_MAX = (1 << 47) - PAGE_SIZE
+
+
+_bitmaps = threading.Lock()  # held for a moment, by whoever changes a dirty bitmap
 
 
 class KvmMrChange(Enum):
@@ -38,14 +45,18 @@ class KvmMrChange(Enum):
 
 @dataclass(slots=True)
 class KvmMemorySlot:
-    """struct kvm_memory_slot. `dirty` is a logging slot's bitmap: a bit a page, little-endian."""
+    """struct kvm_memory_slot. `dirty` is a logging slot's bitmap: a bit a page, little-endian.
+    `host_address` is where this process has the memory, which the architecture prepares.
+    """
 
     id: int
     base_gfn: int
     npages: int
     userspace_addr: int
     flags: int
+    as_id: int = 0
     dirty: bytearray | None = field(default=None, repr=False)
+    host_address: int = field(default=0, repr=False, compare=False)
 
     @property
     def gpa(self) -> int:
@@ -54,6 +65,11 @@ class KvmMemorySlot:
     @property
     def size(self) -> int:
         return self.npages << PAGE_SHIFT
+
+    @property
+    def number(self) -> int:
+        """What userspace calls it: address space << 16 | slot."""
+        return self.as_id << 16 | self.id
 
     @property
     def readonly(self) -> bool:
@@ -76,15 +92,36 @@ class KvmMemorySlot:
         return self.userspace_addr + gpa - self.gpa
 
     def mark_dirty(self, gpa: int, size: int) -> None:
-        if self.dirty is None or not size:
+        """Pages that KVM itself has written."""
+        if not size:
             return
         first = (gpa - self.gpa) >> PAGE_SHIFT
         last = (gpa + size - 1 - self.gpa) >> PAGE_SHIFT
-        for page in range(first, last + 1):
-            self.dirty[page >> 3] |= 1 << (page & 7)
+        with _bitmaps:
+            if self.dirty is not None:
+                for page in range(first, last + 1):
+                    self.dirty[page >> 3] |= 1 << (page & 7)
+
+    def merge_dirty(self, found: bytes) -> None:
+        """Pages that the guest has written, a bit each."""
+        with _bitmaps:
+            if self.dirty is not None and any(found):
+                merged = int.from_bytes(self.dirty, "little") | int.from_bytes(found, "little")
+                self.dirty[:] = merged.to_bytes(len(self.dirty), "little")
+
+    def dirty_pages(self) -> bytes:
+        return bytes(self.dirty or b"")
+
+    def clear_dirty(self, at: int, pages: bytes) -> None:
+        """Forgets pages, whose bits begin at byte `at` of the bitmap."""
+        with _bitmaps:
+            if self.dirty is not None:
+                before = int.from_bytes(self.dirty[at : at + len(pages)], "little")
+                left = before & ~int.from_bytes(pages, "little")
+                self.dirty[at : at + len(pages)] = left.to_bytes(len(pages), "little")
 
 
-def check_memory_region(region: kvm_userspace_memory_region) -> None:
+def check_memory_region(region: MemoryRegion, address_spaces: int = 1) -> None:
     """What is wrong with a region by itself: EINVAL, in the kernel's order."""
     flags, size, gpa = region.flags, region.memory_size, region.guest_phys_addr
     addr = region.userspace_addr
@@ -96,9 +133,9 @@ def check_memory_region(region: kvm_userspace_memory_region) -> None:
             addr % PAGE_SIZE or addr + size > TASK_SIZE_MAX,
             f"{addr:#x} is no page-aligned user address with {size:#x} bytes",
         ),
-        (region.slot >> 16, f"there is no address space {region.slot >> 16}"),
+        (region.slot >> 16 >= address_spaces, f"there is no address space {region.slot >> 16}"),
         ((region.slot & 0xFFFF) >= KVM_USER_MEM_SLOTS, f"slot {region.slot & 0xFFFF} is too high"),
-        (gpa + size > 1 << 64, "the region wraps around"),
+        (gpa + size >= 1 << 64, "the region wraps around"),
         (size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES, f"{size:#x} bytes are too many"),
     )
     for wrong, text in rules:
@@ -107,15 +144,21 @@ def check_memory_region(region: kvm_userspace_memory_region) -> None:
 
 
 class KvmMemslots:
-    """struct kvm_memslots: the slots by number, and in order of guest address for look-up."""
+    """struct kvm_memslots, one address space: the slots by number, and in order of guest address
+    for look-up.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, as_id: int = 0) -> None:
+        self.as_id = as_id
         self._by_id: dict[int, KvmMemorySlot] = {}
-        # Replaced together, so that vCPU threads can look up without a lock.
-        self._order: tuple[list[int], list[KvmMemorySlot]] = ([], [])
+        self._starts: list[int] = []
+        self._slots: list[KvmMemorySlot] = []
+        # vCPU threads look up without a lock, and again where a change came between: odd while one
+        # is made (a seqcount).
+        self._changes = 0
 
     def __iter__(self) -> Iterator[KvmMemorySlot]:
-        return iter(self._order[1])
+        return iter(self._slots)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -125,15 +168,15 @@ class KvmMemslots:
 
     def gpa_to_memslot(self, gpa: int) -> KvmMemorySlot | None:
         """The slot that holds `gpa`, None for a hole (MMIO)."""
-        starts, slots = self._order
-        index = bisect_right(starts, gpa) - 1
-        if index < 0:
-            return None
-        slot = slots[index]
-        return slot if gpa - slot.gpa < slot.size else None
+        while True:
+            changes = self._changes
+            index = bisect_right(self._starts, gpa) - 1
+            near = self._slots[index : index + 1] if index >= 0 else []
+            if changes == self._changes and not changes & 1:
+                return near[0] if near and gpa - near[0].gpa < near[0].size else None
 
     def plan(
-        self, region: kvm_userspace_memory_region
+        self, region: MemoryRegion
     ) -> tuple[KvmMrChange, KvmMemorySlot | None, KvmMemorySlot | None]:
         """The change a checked region asks for, the slot before and after; EINVAL, EEXIST."""
         old = self._by_id.get(region.slot & 0xFFFF)
@@ -147,6 +190,7 @@ class KvmMemslots:
             region.memory_size >> PAGE_SHIFT,
             region.userspace_addr,
             region.flags,
+            self.as_id,
         )
         change = _classify(old, new)
         if change in (KvmMrChange.CREATE, KvmMrChange.MOVE):
@@ -154,9 +198,10 @@ class KvmMemslots:
         return change, old, new
 
     def _refuse_overlap(self, new: KvmMemorySlot) -> None:
-        for slot in self:
-            apart = slot.gpa + slot.size <= new.gpa or new.gpa + new.size <= slot.gpa
-            if slot.id != new.id and not apart:
+        """At most two others can be near: the last that begins before its end is one of them."""
+        before_end = bisect_left(self._starts, new.gpa + new.size)
+        for slot in self._slots[max(before_end - 2, 0) : before_end]:
+            if slot.id != new.id and slot.gpa + slot.size > new.gpa:
                 raise fail(EEXIST, f"slot {new.id} would overlap slot {slot.id}")
 
     def install(
@@ -166,23 +211,25 @@ class KvmMemslots:
 
         A slot that begins to log has no dirty page, or every one with `all_dirty`.
         """
+        self._changes += 1
         if old is not None:
-            del self._by_id[old.id]
+            at = bisect_left(self._starts, old.gpa)
+            del self._by_id[old.id], self._starts[at], self._slots[at]
         if new is not None:
-            self._by_id[new.id] = new
             if new.log_dirty:
                 kept = old.dirty if old is not None and old.npages == new.npages else None
                 new.dirty = kept if kept is not None else new.new_bitmap(all_dirty)
-        slots = sorted(self._by_id.values(), key=lambda slot: slot.base_gfn)
-        self._order = ([slot.gpa for slot in slots], slots)
+            at = bisect_left(self._starts, new.gpa)
+            self._by_id[new.id] = new
+            self._starts.insert(at, new.gpa)
+            self._slots.insert(at, new)
+        self._changes += 1
 
-    def logging_slot(self, slot: int) -> KvmMemorySlot:
-        """The slot whose dirty log is asked for; EINVAL for a bad number, ENOENT if none logs."""
-        if slot >> 16 or (slot & 0xFFFF) >= KVM_USER_MEM_SLOTS:
-            raise fail(EINVAL, f"there is no slot {slot:#x}")
-        found = self._by_id.get(slot)
+    def logging_slot(self, slot_id: int) -> KvmMemorySlot:
+        """The slot whose dirty log is asked for; ENOENT if it does not log."""
+        found = self._by_id.get(slot_id)
         if found is None or found.dirty is None:
-            raise fail(ENOENT, f"slot {slot} does not log dirty pages")
+            raise fail(ENOENT, f"slot {slot_id} does not log dirty pages")
         return found
 
 

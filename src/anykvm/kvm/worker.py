@@ -25,6 +25,7 @@ _TFD_NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 _TFD_TIMER_ABSTIME = 1
 _PR_SET_NAME = 15
 _FOREVER_NS = 1 << 62
+_MIN_ROOM = 64
 
 
 class _Itimerspec(ctypes.Structure):
@@ -52,7 +53,6 @@ class Hrtimer:
 
     def start(self, expires_ns: int) -> None:
         """Call the function at `expires_ns`, in place of any earlier deadline."""
-        self.expires = expires_ns
         self._worker.enqueue(self, expires_ns)
 
     def cancel(self) -> None:
@@ -71,6 +71,7 @@ class Worker:
         self._name = name
         self._lock = threading.Lock()
         self._heap: list[tuple[int, int, Hrtimer]] = []
+        self._room = _MIN_ROOM  # entries until those that are no timer's deadline any more go
         self._sequence = count()
         self._armed: int | None = None
         self._dispatching = threading.RLock()  # held around a listener's function
@@ -93,6 +94,9 @@ class Worker:
 
     def enqueue(self, timer: Hrtimer, expires: int) -> None:
         with self._lock:
+            timer.expires = expires  # not before: `_due` may be about to reset it
+            if len(self._heap) >= self._room:
+                self._compact()
             heapq.heappush(self._heap, (expires, next(self._sequence), timer))
             self._ensure_started()
             if self._armed is None or expires < self._armed:
@@ -126,6 +130,13 @@ class Worker:
         if self._thread is None and not self._stopping:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
+
+    def _compact(self) -> None:
+        """Forget deadlines that were cancelled or moved: a guest can move a far one for ever."""
+        current = {entry[2]: entry for entry in self._heap if entry[2].expires == entry[0]}
+        self._heap = list(current.values())
+        heapq.heapify(self._heap)
+        self._room = max(_MIN_ROOM, 2 * len(self._heap))
 
     def _arm(self, expires: int) -> None:
         self._armed = expires

@@ -1,8 +1,15 @@
-"""Numbers of the ABI as their names, for traces, messages and tables."""
+"""Numbers of the ABI as their names, for traces, messages and tables: the generated header's, and
+what came later.
+"""
 
 from __future__ import annotations
 
-from anykvm.uapi.kvm import CAPABILITIES, EXIT_REASONS, IOCTLS
+from anykvm.uapi import kvm, later
+from anykvm.uapi.ioctl import Ioctl
+
+IOCTLS: dict[str, Ioctl] = kvm.IOCTLS | later.IOCTLS
+EXIT_REASONS: dict[int, str] = kvm.EXIT_REASONS | later.EXIT_REASONS
+CAPABILITIES: dict[int, str] = kvm.CAPABILITIES | later.CAPABILITIES
 
 
 def _by_number() -> dict[int, str]:

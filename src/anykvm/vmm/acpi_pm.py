@@ -8,8 +8,7 @@ sleep state.
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from anykvm.vmm.device_table import DeviceRow, IrqLine, Platform, Space, Window, register
 from anykvm.vmm.outcome import Outcome, OutcomeKind, ended
@@ -109,10 +108,11 @@ class AcpiPm:
         self._update_sci()
 
     def snapshot(self) -> AcpiPmState:
-        return deepcopy(self.state)
+        """`started` counts from now."""
+        return replace(self.state, started=self.state.started - self._clock())
 
     def restore(self, state: AcpiPmState) -> None:
-        self.state = deepcopy(state)
+        self.state = replace(state, started=state.started + self._clock())
         self._update_sci()
         self._deadline_changed()
 

@@ -40,8 +40,15 @@ class EventLoop:
         self._pending = bytearray()
 
     def connect(self, timed: Sequence[Timed], console: ConsoleDevice | None) -> None:
-        """What to serve; before `run`."""
+        """What to serve; before each `run`."""
         self._timed, self._console = timed, console
+        self._stopping = False
+
+    @property
+    def pending(self) -> bytes:
+        """Input that the console has not taken yet."""
+        with self._changed:
+            return bytes(self._pending)
 
     def wake(self) -> None:
         """A deadline moved, or the console has room. From any thread."""

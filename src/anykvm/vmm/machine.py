@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from anykvm.api import GuestMemory, Kvm, Vcpu
+from anykvm.api import state as kvm_state
 from anykvm.uapi import kvm as abi
 from anykvm.vmm import devices
 from anykvm.vmm.acpi_pm import AcpiPm
@@ -31,6 +32,7 @@ from anykvm.vmm.memory_map import (
 )
 from anykvm.vmm.outcome import Outcome, OutcomeKind, ended
 from anykvm.vmm.serial import Serial
+from anykvm.vmm.snapshot import MachineState, Snapshotting, decode, encode
 from anykvm.vmm.stats import ExitStats
 from anykvm.vmm.vcpu_setup import Place, set_up_vcpu
 from anykvm.vmm.vcpu_thread import (
@@ -77,10 +79,10 @@ class Ram:
     """Guest memory of one or two slots, by guest-physical address."""
 
     def __init__(self, parts: Sequence[GuestMemory]) -> None:
-        self._parts = parts
+        self.parts = parts
 
     def _part(self, gpa: int) -> GuestMemory:
-        for part in self._parts:
+        for part in self.parts:
             if gpa in part:
                 return part
         raise IndexError(f"there is no memory at guest-physical {gpa:#x}")
@@ -111,10 +113,12 @@ def _route(gsi: int, irqchip: int, pin: int) -> abi.kvm_irq_routing_entry:
 
 
 class Machine:
-    """A PC. Use it as a context manager: load memory, set vCPU 0's registers, `run` once.
+    """A PC. Use it as a context manager: load memory, set vCPU 0's registers, `run`. A run that
+    `suspend` ended can be followed by another, or by `save` and a machine that `restore`s it.
 
-    `console_output` and `debug_output` get what the guest writes to its serial line and to port
-    0xe9; they are called from vCPU threads.
+    `memory` is taken over from another machine; else it is new and zero. `console_output` and
+    `debug_output` get what the guest writes to its serial line and to port 0xe9; they are called
+    from vCPU threads.
     """
 
     def __init__(
@@ -123,31 +127,33 @@ class Machine:
         console_output: Callable[[bytes], None],
         debug_output: Callable[[bytes], None] | None = None,
         open_kvm: Callable[[str | None], Kvm] = lambda backend: Kvm(backend=backend),
+        memory: Sequence[GuestMemory] | None = None,
     ) -> None:
         self.config = config
         self.devices: dict[str, Device] = {}
         self.ports, self.mmio = Bus("port"), Bus("address")
         self.devices_lock = threading.Lock()
-        self.ending = False
+        self.ending = self.suspending = False
+        self._resumable = True
         self._ends: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
         self._loop = EventLoop(self.devices_lock, time.monotonic_ns)
         self._stack = ExitStack()
         with self._stack:
             self._kvm = self._stack.enter_context(open_kvm(config.backend))
             self.vm = self._stack.enter_context(self._kvm.create_vm())
-            self.memory = self._add_memory()
+            self.memory = self._add_memory(memory)
             self._create_interrupt_controllers()
             self.vcpus = self._create_vcpus()
-            self._threads = [VcpuThread(index, vcpu, self) for index, vcpu in enumerate(self.vcpus)]
+            self._threads: list[VcpuThread] = []
             self._build_devices(console_output, debug_output or _discard)
             self._stack = self._stack.pop_all()
 
     # Building
 
-    def _add_memory(self) -> Ram:
+    def _add_memory(self, memory: Sequence[GuestMemory] | None) -> Ram:
         size = self.config.memory
         try:
-            parts = [GuestMemory(ram.size, ram.base) for ram in ram_ranges(size)]
+            parts = memory or [GuestMemory(ram.size, ram.base) for ram in ram_ranges(size)]
         except OSError as error:
             what = f"{size >> 20} MiB of memory for the guest"
             raise MachineError(f"cannot get {what}: {error.strerror}") from error
@@ -218,6 +224,45 @@ class Machine:
         """End the run from outside. From any thread and from a signal handler."""
         self.request(ended(OutcomeKind.STOPPED, message))
 
+    def suspend(self) -> None:
+        """End the run so that it can go on, here or from what `save` gives. From any thread."""
+        self.suspending = True
+        self.request(ended(OutcomeKind.SUSPENDED, "suspended"))
+
+    # Saving
+
+    def save(self) -> MachineState:
+        """The state of a machine whose last run was suspended. MachineError for any other."""
+        if not self._resumable:
+            raise MachineError("only a machine that was suspended can be saved")
+        states = {
+            name: encode(device.snapshot())
+            for name, device in self.devices.items()
+            if isinstance(device, Snapshotting)
+        }
+        vm_state = kvm_state.save(self._kvm, self.vm, self.vcpus)
+        return MachineState(vm_state, states, self._loop.pending, self.memory.parts)
+
+    def restore(self, state: MachineState) -> None:
+        """Put a saved state into this machine, which has its memory and has not run yet.
+
+        Devices first: they raise their lines, of which the interrupt controllers' state then says
+        what has become of them. Raises MachineError and StateError.
+        """
+        saving = {n: d for n, d in self.devices.items() if isinstance(d, Snapshotting)}
+        if saving.keys() != state.devices.keys():
+            raise MachineError(
+                f"the state is of a machine with {', '.join(sorted(state.devices))}; "
+                f"this one has {', '.join(sorted(saving))}"
+            )
+        for name, device in saving.items():
+            try:
+                device.restore(decode(type(device.state), state.devices[name]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise kvm_state.StateError(f"this is no state of {name}: {error}") from error
+        self._loop.send(state.input)
+        kvm_state.restore(self.vm, self.vcpus, state.kvm)
+
     # What the outside does to the guest
 
     def send(self, data: bytes) -> None:
@@ -234,8 +279,12 @@ class Machine:
     # Running
 
     def run(self, timeout: float | None = None) -> RunResult:
-        """Run the guest to its end, `timeout` seconds at most. Once only."""
+        """Run the guest to its end, `timeout` seconds at most; again only after `suspend`."""
+        if not self._resumable:
+            raise MachineError("this machine has run to its end")
         install_kick_signal()
+        self.ending = self._resumable = False
+        self._threads = [VcpuThread(index, vcpu, self) for index, vcpu in enumerate(self.vcpus)]
         began = time.monotonic()
         timed = [device for device in self.devices.values() if isinstance(device, Timed)]
         serial = self.devices.get("serial")
@@ -250,7 +299,9 @@ class Machine:
             self._loop.stop()
             io_thread.join()
             self._stop_vcpus()
-        self._raise_failures()
+        outcome = self._last_word(outcome)
+        self.suspending = False
+        self._resumable = outcome.kind is OutcomeKind.SUSPENDED
         stats = ExitStats.total(thread.stats for thread in self._threads)
         return RunResult(self._classify(outcome), stats, time.monotonic() - began)
 
@@ -272,12 +323,17 @@ class Machine:
             raise end
         return end
 
-    def _raise_failures(self) -> None:
-        """What went wrong in a thread after the run had ended must not go unnoticed."""
+    def _last_word(self, outcome: Outcome) -> Outcome:
+        """What went wrong in a thread after the run had ended must not go unnoticed, nor a guest
+        that ended while it was suspended.
+        """
         while not self._ends.empty():
             end = self._ends.get()
             if isinstance(end, BaseException):
                 raise end
+            if outcome.kind is OutcomeKind.SUSPENDED:
+                outcome = end
+        return outcome
 
     def _stop_vcpus(self) -> None:
         """Kick every vCPU until its thread has ended; one kick may come before the vCPU runs."""

@@ -15,6 +15,7 @@ class OutcomeKind(Enum):
     INTERNAL_ERROR = "internal error"
     TIMEOUT = "timeout"
     STOPPED = "stopped"
+    SUSPENDED = "suspended"
 
 
 # 124 is what timeout(1) gives, 130 what shells give for SIGINT; 121 to 123 are nobody's.
@@ -27,6 +28,7 @@ EXIT_STATUS = {
     OutcomeKind.INTERNAL_ERROR: 123,
     OutcomeKind.TIMEOUT: 124,
     OutcomeKind.STOPPED: 130,
+    OutcomeKind.SUSPENDED: 0,
 }
 
 

@@ -164,11 +164,18 @@ class Serial:
             self._update_irq()
 
     def snapshot(self) -> SerialState:
-        return deepcopy(self.state)
+        """`timeout_at` counts from now."""
+        state = deepcopy(self.state)
+        if state.timeout_at is not None:
+            state.timeout_at -= self._clock()
+        return state
 
     def restore(self, state: SerialState) -> None:
         self.state = deepcopy(state)
+        if self.state.timeout_at is not None:
+            self.state.timeout_at += self._clock()
         self._update_irq()
+        self._deadline_changed()
 
     # Registers
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from anykvm.uapi import kvm as abi
+from anykvm.uapi.names import EXIT_REASONS
 
 DIRECTIONS = {abi.KVM_EXIT_IO_IN: "in", abi.KVM_EXIT_IO_OUT: "out"}
 
@@ -46,4 +47,4 @@ class ExitStats:
 
 def reason_name(reason: int) -> str:
     """KVM_EXIT_* as the header spells it."""
-    return abi.EXIT_REASONS.get(reason, f"exit reason {reason}")
+    return EXIT_REASONS.get(reason, f"exit reason {reason}")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from anykvm.api import Vcpu
+from anykvm.api.state import finish_exits
 from anykvm.uapi import kvm as abi
 from anykvm.vmm.bus import Bus
 from anykvm.vmm.outcome import Outcome, OutcomeKind, ended
@@ -39,6 +40,7 @@ class Wiring(Protocol):
     mmio: Bus
     devices_lock: threading.Lock
     ending: bool
+    suspending: bool
 
     def request(self, outcome: Outcome) -> None:
         """End the run."""
@@ -78,7 +80,7 @@ def install_kick_signal() -> None:
 
 
 class VcpuThread:
-    """Runs one vCPU until the machine ends."""
+    """Runs one vCPU until the machine ends, or is suspended: then with no exit left half done."""
 
     def __init__(self, index: int, vcpu: Vcpu, wiring: Wiring) -> None:
         self.index = index
@@ -101,6 +103,7 @@ class VcpuThread:
         }
 
     def start(self) -> None:
+        self._run.immediate_exit = 0
         self._thread.start()
 
     @property
@@ -126,6 +129,8 @@ class VcpuThread:
             leave_signals_to_main(KICK_SIGNAL)
             while not self._wiring.ending:
                 self._step()
+            if self._wiring.suspending:
+                finish_exits(self.vcpu, self._dispatch)
         except BaseException as error:
             self._wiring.fail(error)
 
@@ -136,6 +141,9 @@ class VcpuThread:
         except OSError as error:
             self._error(f"KVM_RUN failed: {error.strerror or os.strerror(error.errno or 0)}")
             return
+        self._dispatch(reason)
+
+    def _dispatch(self, reason: int) -> None:
         self.stats.reasons[reason] += 1
         handler = self._handlers.get(reason)
         if handler is None:

@@ -12,14 +12,17 @@ from collections.abc import Callable
 from errno import EEXIST, EINVAL
 
 from anykvm.kvm.errors import fail
+from anykvm.kvm.irqchip import KVM_MAX_IRQ_ROUTES
 from anykvm.kvm.kvm_main import KVM_MAX_VCPUS
 from anykvm.uapi import kvm as uapi
 from anykvm.x86.clock import KVM_CLOCK_VALID_FLAGS
 from anykvm.x86.fpu import XSAVE_SIZE
-from anykvm.x86.kvm_host import IrqchipMode, KvmX86
-from anykvm.x86.msrs import KVM_MAX_MCE_BANKS
+from anykvm.x86.guest_debug import KVM_GUESTDBG_VALID_MASK
+from anykvm.x86.hypercall import EXIT_HYPERCALL_VALID_MASK
+from anykvm.x86.kvm_host import KVM_MAX_MCE_BANKS, IrqchipMode, KvmX86
+from anykvm.x86.vm_capability import PROCESSOR_CAPS, PROCESSOR_ENABLE, within
+from anykvm.x86.xen import XEN_HVM
 
-QUIRKS = uapi.KVM_X86_QUIRK_LINT0_REENABLED
 X2APIC_API = uapi.KVM_X2APIC_API_USE_32BIT_IDS | uapi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 USER_SPACE_MSR = (
     uapi.KVM_MSR_EXIT_REASON_INVAL
@@ -46,13 +49,15 @@ X86_CAPS: dict[int, int] = {
     uapi.KVM_CAP_SET_IDENTITY_MAP_ADDR: 1,
     uapi.KVM_CAP_VCPU_EVENTS: 1,
     uapi.KVM_CAP_DEBUGREGS: 1,
+    uapi.KVM_CAP_SET_GUEST_DEBUG: 1,
+    uapi.KVM_CAP_SET_GUEST_DEBUG2: KVM_GUESTDBG_VALID_MASK,
+    uapi.KVM_CAP_X86_ROBUST_SINGLESTEP: 1,
     uapi.KVM_CAP_XSAVE: 1,
     uapi.KVM_CAP_XCRS: 1,
     uapi.KVM_CAP_GET_TSC_KHZ: 1,
     uapi.KVM_CAP_KVMCLOCK_CTRL: 1,
     uapi.KVM_CAP_TSC_DEADLINE_TIMER: 1,
     uapi.KVM_CAP_IOAPIC_POLARITY_IGNORED: 1,
-    uapi.KVM_CAP_DISABLE_QUIRKS: 1,
     uapi.KVM_CAP_SET_BOOT_CPU_ID: 1,
     uapi.KVM_CAP_SPLIT_IRQCHIP: 1,
     uapi.KVM_CAP_GET_MSR_FEATURES: 1,
@@ -60,18 +65,34 @@ X86_CAPS: dict[int, int] = {
     uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT: 1,
     uapi.KVM_CAP_X86_MSR_FILTER: 1,
     uapi.KVM_CAP_SREGS2: 1,
+    uapi.KVM_CAP_STEAL_TIME: 1,
     uapi.KVM_CAP_SYS_ATTRIBUTES: 1,
     uapi.KVM_CAP_VCPU_ATTRIBUTES: 1,
+    uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID: 1,
+    uapi.KVM_CAP_XEN_HVM: XEN_HVM,
+    uapi.KVM_CAP_HYPERV: 1,
+    uapi.KVM_CAP_HYPERV_VAPIC: 1,
+    uapi.KVM_CAP_HYPERV_SPIN: 1,
+    uapi.KVM_CAP_HYPERV_TIME: 1,
+    uapi.KVM_CAP_HYPERV_SYNIC: 1,
+    uapi.KVM_CAP_HYPERV_SYNIC2: 1,
+    uapi.KVM_CAP_HYPERV_VP_INDEX: 1,
+    uapi.KVM_CAP_HYPERV_EVENTFD: 1,
+    uapi.KVM_CAP_HYPERV_TLBFLUSH: 1,
+    uapi.KVM_CAP_HYPERV_SEND_IPI: 1,
+    uapi.KVM_CAP_HYPERV_CPUID: 1,
+    uapi.KVM_CAP_HYPERV_ENFORCE_CPUID: 1,
+    uapi.KVM_CAP_SYS_HYPERV_CPUID: 1,
+    uapi.KVM_CAP_EXIT_HYPERCALL: EXIT_HYPERCALL_VALID_MASK,
     uapi.KVM_CAP_SYNC_REGS: uapi.KVM_SYNC_X86_VALID_FIELDS,
     uapi.KVM_CAP_ADJUST_CLOCK: KVM_CLOCK_VALID_FLAGS,
     uapi.KVM_CAP_X2APIC_API: X2APIC_API,
     uapi.KVM_CAP_X86_USER_SPACE_MSR: USER_SPACE_MSR,
-    uapi.KVM_CAP_DISABLE_QUIRKS2: QUIRKS,
     uapi.KVM_CAP_XSAVE2: XSAVE_SIZE,
     uapi.KVM_CAP_MCE: KVM_MAX_MCE_BANKS,
     uapi.KVM_CAP_NR_VCPUS: min(os.cpu_count() or 1, KVM_MAX_VCPUS),
     uapi.KVM_CAP_MAX_VCPUS: KVM_MAX_VCPUS,
-    uapi.KVM_CAP_MAX_VCPU_ID: KVM_MAX_VCPUS,
+    **PROCESSOR_CAPS,
 }
 
 
@@ -80,36 +101,21 @@ def kvm_vm_ioctl_check_extension(kvm: KvmX86 | None, cap: int) -> int:
     return X86_CAPS.get(cap, 0)
 
 
-def _within(value: int, mask: int, what: str) -> int:
-    if value & ~mask:
-        raise fail(EINVAL, f"{what}: {value:#x} has unknown bits")
-    return value
-
-
-def _disable_quirks(kvm: KvmX86, args: tuple[int, ...]) -> None:
-    """The old call lets through quirks that it does not know."""
-    kvm.disabled_quirks |= args[0] & QUIRKS
-
-
-def _disable_quirks2(kvm: KvmX86, args: tuple[int, ...]) -> None:
-    kvm.disabled_quirks |= _within(args[0], QUIRKS, "KVM_CAP_DISABLE_QUIRKS2")
-
-
 def _split_irqchip(kvm: KvmX86, args: tuple[int, ...]) -> None:
     """Local APICs here, the rest with the VMM, whose IOAPIC has `args[0]` pins."""
-    if args[0] > uapi.KVM_IOAPIC_NUM_PINS * 10:
+    if args[0] > KVM_MAX_IRQ_ROUTES:
         raise fail(EINVAL, f"an IOAPIC of {args[0]} pins is too large")
     with kvm.lock:
         if kvm.irqchip_in_kernel():
             raise fail(EEXIST, "there is an irqchip already")
         if kvm.vcpus:
-            raise fail(EINVAL, "the irqchip must be there before any vCPU")
+            raise fail(EEXIST, "the irqchip must be there before any vCPU")
         kvm.nr_reserved_ioapic_pins = args[0]
         kvm.irqchip_mode = IrqchipMode.SPLIT
 
 
 def _x2apic_api(kvm: KvmX86, args: tuple[int, ...]) -> None:
-    _within(args[0], X2APIC_API, "KVM_CAP_X2APIC_API")
+    within(args[0], X2APIC_API, "KVM_CAP_X2APIC_API")
     if args[0] & uapi.KVM_X2APIC_API_USE_32BIT_IDS:
         kvm.x2apic_format = True
     if args[0] & uapi.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK:
@@ -125,13 +131,19 @@ def _triple_fault_event(kvm: KvmX86, args: tuple[int, ...]) -> None:
 
 
 def _user_space_msr(kvm: KvmX86, args: tuple[int, ...]) -> None:
-    kvm.user_space_msr_mask = _within(args[0], USER_SPACE_MSR, "KVM_CAP_X86_USER_SPACE_MSR")
+    kvm.user_space_msr_mask = within(args[0], USER_SPACE_MSR, "KVM_CAP_X86_USER_SPACE_MSR")
+
+
+def _exit_hypercall(kvm: KvmX86, args: tuple[int, ...]) -> None:
+    kvm.hypercall_exit_enabled = within(
+        args[0], EXIT_HYPERCALL_VALID_MASK, "KVM_CAP_EXIT_HYPERCALL"
+    )
 
 
 ENABLE: dict[int, Callable[[KvmX86, tuple[int, ...]], None]] = {
-    uapi.KVM_CAP_DISABLE_QUIRKS: _disable_quirks,
-    uapi.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks2,
+    **PROCESSOR_ENABLE,
     uapi.KVM_CAP_SPLIT_IRQCHIP: _split_irqchip,
+    uapi.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
     uapi.KVM_CAP_X2APIC_API: _x2apic_api,
     uapi.KVM_CAP_EXCEPTION_PAYLOAD: _exception_payload,
     uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT: _triple_fault_event,

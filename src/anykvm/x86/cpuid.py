@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from fractions import Fraction
 from typing import NamedTuple
 
 from anykvm.uapi.kvm import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2
+from anykvm.x86.sched_info import sched_info_on
 from anykvm.x86.tsc import host_tsc_khz
 
 KVM_MAX_CPUID_ENTRIES = 256
@@ -21,6 +23,11 @@ BRAND = "anykvm software processor"
 FAMILY, MODEL, STEPPING = 6, 0x1C, 10
 PHYS_BITS, VIRT_BITS = 46, 48
 CACHE_LINE = 64
+CRYSTAL_KHZ = 1_000_000
+MASK32 = (1 << 32) - 1
+
+XCR0_X87_SSE, XSAVE_AREA = 3, 512 + 64
+XSAVEOPT, XSAVEC, XGETBV1, XSAVES = 1, 2, 4, 8  # CPUID.0DH.1:EAX
 
 KVM_SIGNATURE = 0x40000000
 KVM_FEATURES = 0x40000001
@@ -44,7 +51,7 @@ class Feature(NamedTuple):
 
 FEATURES: tuple[Feature, ...] = (
     Feature("fpu", 1, Reg.EDX, 0, True),
-    Feature("vme", 1, Reg.EDX, 1, False),
+    Feature("vme", 1, Reg.EDX, 1, True),
     Feature("de", 1, Reg.EDX, 2, True),
     Feature("pse", 1, Reg.EDX, 3, True),
     Feature("tsc", 1, Reg.EDX, 4, True),
@@ -79,7 +86,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("popcnt", 1, Reg.ECX, 23, True),
     Feature("tsc_deadline_timer", 1, Reg.ECX, 24, True),
     Feature("aes", 1, Reg.ECX, 25, False),
-    Feature("xsave", 1, Reg.ECX, 26, False),
+    Feature("xsave", 1, Reg.ECX, 26, True),
     Feature("avx", 1, Reg.ECX, 28, False),
     Feature("f16c", 1, Reg.ECX, 29, False),
     Feature("rdrand", 1, Reg.ECX, 30, False),
@@ -106,6 +113,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature("kvm_clocksource", KVM_FEATURES, Reg.EAX, 0, True),
     Feature("kvm_nop_io_delay", KVM_FEATURES, Reg.EAX, 1, True),
     Feature("kvm_clocksource2", KVM_FEATURES, Reg.EAX, 3, True),
+    Feature("kvm_steal_time", KVM_FEATURES, Reg.EAX, 5, sched_info_on()),
+    Feature("kvm_pv_eoi", KVM_FEATURES, Reg.EAX, 6, True),
+    Feature("kvm_pv_unhalt", KVM_FEATURES, Reg.EAX, 7, True),
+    Feature("kvm_pv_tlb_flush", KVM_FEATURES, Reg.EAX, 9, True),
+    Feature("kvm_pv_send_ipi", KVM_FEATURES, Reg.EAX, 11, True),
+    Feature("kvm_poll_control", KVM_FEATURES, Reg.EAX, 12, True),
+    Feature("kvm_pv_sched_yield", KVM_FEATURES, Reg.EAX, 13, True),
     Feature("kvm_clocksource_stable", KVM_FEATURES, Reg.EAX, 24, True),
     Feature("lahf_lm", EXTENDED + 1, Reg.ECX, 0, True),
     Feature("abm", EXTENDED + 1, Reg.ECX, 5, True),
@@ -158,14 +172,20 @@ def _brand(part: int) -> Regs:
     return a, b, c, d
 
 
-def _tsc_leaf() -> Regs:
-    """TSC against a crystal of 1 GHz, the rate at which the local APIC's timer counts."""
-    return 1_000_000, host_tsc_khz(), 1_000_000_000, 0
+def tsc_leaf(tsc_khz: int) -> Regs:
+    """TSC against a crystal of 1 GHz, the rate at which the local APIC's timer counts.
+
+    Linux multiplies the crystal's kHz by EBX in 32 bits, so EBX is small; what the ratio is off
+    by then, 120 millionths at most, is the crystal's.
+    """
+    inverse = Fraction(CRYSTAL_KHZ, tsc_khz).limit_denominator(MASK32 // CRYSTAL_KHZ)
+    eax, ebx = inverse.as_integer_ratio()
+    return eax, ebx, tsc_khz * 1000 * eax // ebx, 0
 
 
 def leaves() -> tuple[Leaf, ...]:
     """All leaves without their feature bits."""
-    mhz = host_tsc_khz() // 1000
+    mhz = round(host_tsc_khz() / 1000)
     signature = FAMILY << 8 | (MODEL >> 4) << 16 | (MODEL & 15) << 4 | STEPPING
     l2 = 1024
     return (
@@ -181,8 +201,9 @@ def leaves() -> tuple[Leaf, ...]:
         Leaf(7, subleaf=0),
         Leaf(0xA),
         Leaf(0xB, subleaf=0),  # no topology but what the VMM enters
-        Leaf(0xD, subleaf=0),
-        Leaf(0x15, _tsc_leaf()),
+        Leaf(0xD, (XCR0_X87_SSE, XSAVE_AREA, XSAVE_AREA, 0), 0),
+        Leaf(0xD, (XSAVEOPT | XSAVEC | XGETBV1 | XSAVES, XSAVE_AREA, 0, 0), 1),
+        Leaf(0x15, tsc_leaf(host_tsc_khz())),
         Leaf(0x16, (mhz, mhz, 100, 0)),
         Leaf(KVM_SIGNATURE, _kvm_signature()),
         Leaf(KVM_FEATURES),
@@ -239,6 +260,10 @@ class GuestCpuid:
             else:
                 self._any[entry.function] = entry
 
+    def same_as(self, other: GuestCpuid) -> bool:
+        """`kvm_cpuid_check_equal`."""
+        return [_contents(e) for e in self.entries] == [_contents(e) for e in other.entries]
+
     def find(self, function: int, index: int = 0) -> kvm_cpuid_entry2 | None:
         """`kvm_find_cpuid_entry_index`."""
         return self._exact.get((function, index)) or self._any.get(function)
@@ -248,6 +273,19 @@ class GuestCpuid:
         feature = _BY_NAME[name]
         entry = self.find(feature.function)
         return entry is not None and bool(_regs(entry)[feature.reg] >> feature.bit & 1)
+
+    def kvm_features(self) -> kvm_cpuid_entry2 | None:
+        """`kvm_find_kvm_cpuid_features`: VMMs that offer Hyper-V move KVM's leaves up."""
+        for base in range(KVM_SIGNATURE, KVM_SIGNATURE + 0x10000, 0x100):
+            entry = self._any.get(base)
+            if entry is not None and (entry.ebx, entry.ecx, entry.edx) == _kvm_signature()[1:]:
+                return self.find(base + (KVM_FEATURES - KVM_SIGNATURE))
+        return None
+
+    def regs(self, function: int) -> Regs:
+        """A leaf's registers as they were given, zeros where it was not."""
+        entry = self.find(function)
+        return _regs(entry) if entry is not None else (0, 0, 0, 0)
 
     def lookup(self, function: int, index: int) -> Regs:
         """What CPUID returns: as Intel's processors, the last basic leaf where there is none."""
@@ -267,17 +305,23 @@ class GuestCpuid:
             return None
         return self.find(basic.eax, index)
 
-    def set_runtime(self, osxsave: bool, apic_enabled: bool) -> None:
-        """`kvm_update_cpuid_runtime`: the bits that follow CR4.OSXSAVE and IA32_APIC_BASE."""
+    def set_runtime(self, osxsave: bool, apic_enabled: bool, mwait: bool | None) -> None:
+        """The bits that follow CR4.OSXSAVE, IA32_APIC_BASE and, if not None, IA32_MISC_ENABLE."""
         leaf = self.find(1)
         if leaf is None:
             return
         leaf.ecx = leaf.ecx & ~(1 << 27) | osxsave << 27 if self.has("xsave") else leaf.ecx
         leaf.edx = leaf.edx & ~(1 << 9) | apic_enabled << 9
+        if mwait is not None:
+            leaf.ecx = leaf.ecx & ~(1 << 3) | mwait << 3
 
 
 def _regs(entry: kvm_cpuid_entry2) -> Regs:
     return entry.eax, entry.ebx, entry.ecx, entry.edx
+
+
+def _contents(entry: kvm_cpuid_entry2) -> tuple[int, ...]:
+    return entry.function, entry.index, entry.flags, *_regs(entry)
 
 
 def feature_names(entries: Iterable[kvm_cpuid_entry2]) -> list[str]:

@@ -12,8 +12,8 @@ from anykvm.kvm.ioctl import In, InOutTail, Out, OutTail, Tail
 from anykvm.uapi import kvm as uapi
 from anykvm.x86.cpuid import KVM_MAX_CPUID_ENTRIES, emulated_cpuid, supported_cpuid
 from anykvm.x86.fpu import XCR0_SUPPORTED
+from anykvm.x86.mce import MCE_CAP_SUPPORTED
 from anykvm.x86.msrs import (
-    MCE_CAP_SUPPORTED,
     feature_msr,
     msr_feature_index_list,
     msr_index_list,
@@ -30,21 +30,25 @@ MsrList = Tail[uapi.kvm_msr_list, c_uint32]
 
 @dev_ioctls.row("KVM_GET_SUPPORTED_CPUID", CPUID, uapi.KVM_CAP_EXT_CPUID)
 def kvm_dev_ioctl_get_supported_cpuid(file: File, cpuid: Cpuid2) -> None:
+    """The leaves of the one CPU model there is, as KVM_SET_CPUID2 takes them."""
     cpuid.entries = supported_cpuid()
 
 
 @dev_ioctls.row("KVM_GET_EMULATED_CPUID", CPUID, uapi.KVM_CAP_EXT_EMUL_CPUID)
 def kvm_dev_ioctl_get_emulated_cpuid(file: File, cpuid: Cpuid2) -> None:
+    """Features that would be slower than the others: none, so leaf 0 alone."""
     cpuid.entries = emulated_cpuid()
 
 
 @dev_ioctls.row("KVM_GET_MSR_INDEX_LIST", MSR_LIST)
 def kvm_dev_ioctl_get_msr_index_list(file: File, msrs: MsrList) -> None:
+    """The MSRs that make up the state of a vCPU: each can be read and written back."""
     msrs.entries = [c_uint32(index) for index in msr_index_list()]
 
 
 @dev_ioctls.row("KVM_GET_MSR_FEATURE_INDEX_LIST", MSR_LIST, uapi.KVM_CAP_GET_MSR_FEATURES)
 def kvm_dev_ioctl_get_msr_feature_index_list(file: File, msrs: MsrList) -> None:
+    """The MSRs that KVM_GET_MSRS of this descriptor reads."""
     msrs.entries = [c_uint32(index) for index in msr_feature_index_list()]
 
 
@@ -52,6 +56,7 @@ def kvm_dev_ioctl_get_msr_feature_index_list(file: File, msrs: MsrList) -> None:
     "KVM_GET_MSRS",
     InOutTail(uapi.kvm_msrs, uapi.kvm_msr_entry, "nmsrs", MAX_IO_MSRS),
     uapi.KVM_CAP_GET_MSR_FEATURES,
+    returns="how many were read, up to the first that is no feature MSR",
 )
 def kvm_dev_ioctl_get_msrs(file: File, msrs: Msrs) -> int:
     """Feature MSRs alone; how many were read."""
@@ -65,6 +70,7 @@ def kvm_dev_ioctl_get_msrs(file: File, msrs: Msrs) -> int:
 
 @dev_ioctls.row("KVM_X86_GET_MCE_CAP_SUPPORTED", Out(c_uint64), uapi.KVM_CAP_MCE)
 def kvm_dev_ioctl_get_mce_cap_supported(file: File, cap: c_uint64) -> None:
+    """Features for KVM_X86_SETUP_MCE; the number of banks is KVM_CAP_MCE."""
     cap.value = MCE_CAP_SUPPORTED
 
 
@@ -73,12 +79,23 @@ def _known_attr(attr: uapi.kvm_device_attr) -> None:
         raise fail(ENXIO, f"/dev/kvm has no attribute {attr.group}:{attr.attr}")
 
 
-@dev_ioctls.row("KVM_HAS_DEVICE_ATTR", In(uapi.kvm_device_attr), uapi.KVM_CAP_SYS_ATTRIBUTES)
+@dev_ioctls.row(
+    "KVM_HAS_DEVICE_ATTR",
+    In(uapi.kvm_device_attr),
+    uapi.KVM_CAP_SYS_ATTRIBUTES,
+    errors={ENXIO: "there is no such attribute"},
+)
 def kvm_x86_dev_has_attr(file: File, attr: uapi.kvm_device_attr) -> None:
+    """KVM_X86_XCOMP_GUEST_SUPP alone."""
     _known_attr(attr)
 
 
-@dev_ioctls.row("KVM_GET_DEVICE_ATTR", In(uapi.kvm_device_attr), uapi.KVM_CAP_SYS_ATTRIBUTES)
+@dev_ioctls.row(
+    "KVM_GET_DEVICE_ATTR",
+    In(uapi.kvm_device_attr),
+    uapi.KVM_CAP_SYS_ATTRIBUTES,
+    errors={ENXIO: "there is no such attribute"},
+)
 def kvm_x86_dev_get_attr(file: File, attr: uapi.kvm_device_attr) -> None:
     """KVM_X86_XCOMP_GUEST_SUPP: the components of extended state that a guest may have."""
     _known_attr(attr)

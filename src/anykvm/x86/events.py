@@ -7,8 +7,10 @@ arch/x86/kvm/x86.c, `inject_pending_event`, and irq.c, `kvm_cpu_has_injectable_i
 from __future__ import annotations
 
 from anykvm.fs.trace import trace
-from anykvm.x86.kvm_host import MpState, VcpuX86
+from anykvm.uapi import kvm as uapi
+from anykvm.x86.kvm_host import MpState, PendingException, VcpuX86
 from anykvm.x86.reset import kvm_vcpu_reset, start_at_vector
+from anykvm.x86.smm import inject_smi, smi_allowed
 
 SHADOW_MOV_SS = 2  # State.shadow
 
@@ -45,16 +47,30 @@ def inject_pending_events(vcpu: VcpuX86) -> None:
     """Deliver what can be delivered now, and ask for the window for what cannot."""
     if vcpu.exception is not None:
         exception, vcpu.exception = vcpu.exception, None
-        vcpu.cpu.inject_exception(exception.vector, exception.error_code)
-    if vcpu.nmi_pending:
+        _inject_exception(vcpu, exception)
+    if vcpu.guest_debug & uapi.KVM_GUESTDBG_BLOCKIRQ:
+        vcpu.cpu.pending_interrupt(_wants_interrupt_window(vcpu))
+        return
+    smi = vcpu.smm.pending and inject_smi(vcpu)
+    if vcpu.nmi_pending and not smi:
         _inject_nmi(vcpu)
     with vcpu.kvm.irqchip.lock:
         if kvm_cpu_has_interrupt(vcpu) and vcpu.cpu.can_take_interrupt():
             vector = kvm_cpu_get_interrupt(vcpu)
             trace("kvm_inj_virq", vcpu_id=vcpu.vcpu_id, vector=vector)
             vcpu.cpu.inject_interrupt(vector)
+            vcpu.stat.irq_injections += 1
         pending = kvm_cpu_has_interrupt(vcpu)
     vcpu.cpu.pending_interrupt(pending or _wants_interrupt_window(vcpu))
+
+
+def _inject_exception(vcpu: VcpuX86, exception: PendingException) -> None:
+    if exception.vector == uapi.DB_VECTOR:
+        vcpu.cpu.inject_debug(exception.payload)
+    elif exception.vector == uapi.BP_VECTOR:
+        vcpu.cpu.inject_breakpoint()
+    else:
+        vcpu.cpu.inject_exception(exception.vector, exception.error_code)
 
 
 def _inject_nmi(vcpu: VcpuX86) -> None:
@@ -65,17 +81,24 @@ def _inject_nmi(vcpu: VcpuX86) -> None:
     if vcpu.state.nmi_blocked:
         return
     after_mov_ss = vcpu.state.shadow == SHADOW_MOV_SS and vcpu.cpu.in_shadow()
-    if after_mov_ss or vcpu.cpu.mid_instruction():
+    if after_mov_ss or vcpu.cpu.mid_instruction() or vcpu.cpu.debug.trap_pending():
         vcpu.cpu.finish_instruction()
         return
     vcpu.nmi_pending -= 1
     vcpu.cpu.inject_nmi()
+    vcpu.stat.nmi_injections += 1
     trace("kvm_inj_nmi", vcpu_id=vcpu.vcpu_id)
 
 
 def _wants_interrupt_window(vcpu: VcpuX86) -> bool:
-    """`dm_request_for_irq_injection`: the VMM, which has the 8259s, wants to inject."""
-    return bool(vcpu.run.request_interrupt_window) and not vcpu.kvm.pic_in_kernel()
+    """`dm_request_for_irq_injection` and `kvm_cpu_accept_dm_intr`: the VMM, which has the 8259s,
+    wants to inject, and the local APIC lets it.
+    """
+    return (
+        bool(vcpu.run.request_interrupt_window)
+        and not vcpu.kvm.pic_in_kernel()
+        and (vcpu.apic is None or vcpu.apic.accept_pic_intr())
+    )
 
 
 def interrupt_window_open(vcpu: VcpuX86) -> bool:
@@ -98,6 +121,10 @@ def kvm_apic_accept_events(vcpu: VcpuX86) -> None:
     apic = vcpu.apic
     if apic is None or not apic.pending_events:
         return
+    if vcpu.smm.active:  # INIT waits for the end of SMM, SIPI is lost
+        with vcpu.kvm.irqchip.lock:
+            apic.take_sipi()
+        return
     with vcpu.kvm.irqchip.lock:
         init, sipi = apic.take_init(), apic.take_sipi()
     if init:
@@ -109,14 +136,30 @@ def kvm_apic_accept_events(vcpu: VcpuX86) -> None:
         vcpu.mp_state = MpState.RUNNABLE
 
 
+def is_halted(vcpu: VcpuX86) -> bool:
+    """By HLT, as KVM_GET_MP_STATE shows it or, with HLT's exits disabled, does not."""
+    return vcpu.mp_state == MpState.HALTED or vcpu.halted_in_guest
+
+
+def kvm_vcpu_unhalt(vcpu: VcpuX86) -> None:
+    """A halted processor goes on; the kick that may have been for it is used up."""
+    vcpu.mp_state, vcpu.halted_in_guest = MpState.RUNNABLE, False
+    if vcpu.apic is not None:
+        vcpu.apic.pv_unhalted = False
+
+
 def kvm_arch_vcpu_runnable(vcpu: VcpuX86) -> bool:
     """Whether a halted or waiting processor has something to do now."""
-    if vcpu.mp_state == MpState.RUNNABLE:
+    if vcpu.mp_state == MpState.RUNNABLE and not vcpu.halted_in_guest:
         return True
-    if vcpu.apic is not None and vcpu.apic.pending_events:
+    if vcpu.apic is not None and vcpu.apic.pending_events and not vcpu.smm.active:
         return True
-    if vcpu.mp_state != MpState.HALTED:
+    if not is_halted(vcpu):
         return False
+    if smi_allowed(vcpu):
+        return True
+    if (vcpu.apic is not None and vcpu.apic.pv_unhalted) or vcpu.hv.stimers_due:
+        return True
     if vcpu.nmi_pending or vcpu.exception is not None:
         return True
     with vcpu.kvm.irqchip.lock:

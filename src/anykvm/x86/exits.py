@@ -5,47 +5,73 @@ The exits of `anykvm.cpu` against KVM_EXIT_*; arch/x86/kvm/x86.c, `vmx/vmx.c`'s 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from errno import EFAULT
 from functools import partial
 
 from anykvm.cpu.state import Exit
 from anykvm.fs.trace import enabled, trace
+from anykvm.kvm.errors import fail
 from anykvm.kvm.iodev import KvmBus
+from anykvm.kvm.memslots import PAGE_SIZE
 from anykvm.uapi import kvm as uapi
+from anykvm.uapi import later
+from anykvm.x86.emulate import (
+    handle_bus_lock,
+    handle_emulation,
+    handle_monitor_mwait,
+    handle_rsm,
+)
+from anykvm.x86.guest_debug import handle_debug, stepped_over_halt
+from anykvm.x86.hypercall import handle_vmcall, handle_vmmcall
 from anykvm.x86.kvm_host import MpState, Request, VcpuX86
 from anykvm.x86.lapic_regs import APIC_TASKPRI
+from anykvm.x86.mode import get_cpl
 from anykvm.x86.msrs import MSRS, X2APIC_MSRS, kvm_get_msr, kvm_set_msr
 from anykvm.x86.regs import get_cr8, set_cr8
+from anykvm.x86.steal_time import steal_time_sched_in
 from anykvm.x86.vapic import report_tpr_access
+from anykvm.x86.xen import kvm_xen_write_hypercall_page
 
-log = logging.getLogger("anykvm.x86")
 RAX, RCX, RDX, RBX = range(4)
 GP_VECTOR = 13
 MASK32 = (1 << 32) - 1
 PIO_DATA_OFFSET = uapi.KVM_PIO_PAGE_OFFSET * 4096
 LAPIC_PAGE = 0x1000
-MAX_INSTRUCTION = 15
+QUIRKY_PORT = 0x7E
+MSR_MISC_FEATURES_ENABLES, CPUID_FAULT = 0x140, 1
 
 
 def handle_request(vcpu: VcpuX86) -> int:
     """A kick or a tick: whatever it was for is a request, a signal, or an NMI that had to wait."""
+    vcpu.stat.irq_exits += 1
     vcpu.look_for_signals = True
-    if vcpu.nmi_pending:
+    if vcpu.nmi_pending or vcpu.smm.pending:
         vcpu.requests.add(Request.EVENT)
+    steal_time_sched_in(vcpu)
     return 1
 
 
 def handle_interrupt_window(vcpu: VcpuX86) -> int:
+    vcpu.stat.irq_window_exits += 1
     vcpu.requests.add(Request.EVENT)
     return 1
 
 
 def handle_halt(vcpu: VcpuX86) -> int:
-    """HLT sleeps here if the local APIC is here, else with the VMM."""
+    """HLT sleeps here if the local APIC is here, else with the VMM; with its exits disabled the
+    processor itself sleeps, and nobody sees that.
+    """
+    stepped = stepped_over_halt(vcpu)
+    if stepped and vcpu.cpu.debug.trap_pending():
+        return 1  # a single step of the guest's own ends HLT at once
+    if vcpu.kvm.disabled_exits & uapi.KVM_X86_DISABLE_EXITS_HLT:
+        vcpu.halted_in_guest = True
+        return stepped
+    vcpu.stat.halt_exits += 1
     if vcpu.apic is not None:
         vcpu.mp_state = MpState.HALTED
-        return 1
+        return stepped
     vcpu.run.exit_reason = uapi.KVM_EXIT_HLT
     return 0
 
@@ -54,6 +80,7 @@ def handle_halt(vcpu: VcpuX86) -> int:
 
 
 def handle_io(vcpu: VcpuX86) -> int:
+    vcpu.stat.io_exits += 1
     state = vcpu.state
     port, size, count = state.io_port, state.io_size, state.io_count
     if state.io_in:
@@ -68,17 +95,37 @@ def _handle_in(vcpu: VcpuX86, port: int, size: int, count: int) -> int:
         item = bus.read(vcpu, port, size)
         if item is None:
             _exit_io(vcpu, uapi.KVM_EXIT_IO_IN, port, size, count - done)
-            vcpu.complete_userspace_io = partial(_complete_in, vcpu, data, size * (count - done))
+            left = size * (count - done)
+            vcpu.complete_userspace_io = partial(_complete_in, vcpu, vcpu.state.rip, data, left)
             return 0
         data += item
-    trace("kvm_pio", write=False, port=port, size=size, count=count, data=data)
+    if enabled():
+        trace("kvm_pio", write=False, port=port, size=size, count=count, data=data)
     vcpu.cpu.complete_in(data)
     return 1
 
 
-def _complete_in(vcpu: VcpuX86, before: bytes, length: int) -> int:
+def _complete_in(vcpu: VcpuX86, rip: int, before: bytes, length: int) -> int:
+    if _moved(vcpu, rip):
+        return 1
     vcpu.cpu.complete_in(before + bytes(vcpu.pio_data[:length]))
     return 1
+
+
+def _complete_out(vcpu: VcpuX86, rip: int) -> int:
+    if not _moved(vcpu, rip):
+        vcpu.cpu.complete_out()
+    return 1
+
+
+def _moved(vcpu: VcpuX86, rip: int) -> bool:
+    """Userspace has moved RIP meanwhile, to reset the processor for instance: there is nothing to
+    step over any more.
+    """
+    if vcpu.state.rip == rip:
+        return False
+    vcpu.cpu.drop_io()
+    return True
 
 
 def _handle_out(vcpu: VcpuX86, port: int, size: int, data: bytes) -> int:
@@ -90,10 +137,22 @@ def _handle_out(vcpu: VcpuX86, port: int, size: int, data: bytes) -> int:
             left = len(data) - done
             vcpu.pio_data[:left] = data[done:]
             _exit_io(vcpu, uapi.KVM_EXIT_IO_OUT, port, size, left // size)
-            vcpu.complete_userspace_io = vcpu.complete_out
+            if _skips_first(vcpu, port, done):
+                vcpu.cpu.complete_out()
+            else:
+                vcpu.complete_userspace_io = partial(_complete_out, vcpu, vcpu.state.rip)
             return 0
     vcpu.cpu.complete_out()
     return 1
+
+
+def _skips_first(vcpu: VcpuX86, port: int, done: int) -> bool:
+    """KVM_X86_QUIRK_OUT_7E_INC_RIP: the VMM finds RIP behind an OUT to this port, which old VMMs
+    were told of reset vectors by.
+    """
+    single = not done and vcpu.state.io_count == 1
+    quirk = uapi.KVM_X86_QUIRK_OUT_7E_INC_RIP
+    return port == QUIRKY_PORT and single and vcpu.kvm.has_quirk(quirk)
 
 
 def _complete(finish: Callable[[], None]) -> int:
@@ -128,6 +187,17 @@ def _lapic_offset(vcpu: VcpuX86, gpa: int) -> int | None:
     return gpa & 0xFFF if apic.mmio_enabled else None
 
 
+def _in_lapic_hole(vcpu: VcpuX86, gpa: int) -> bool:
+    """KVM_X86_QUIRK_LAPIC_MMIO_HOLE: the page of an APIC that is not reached there reads as ones
+    and goes to nobody.
+    """
+    apic = vcpu.apic
+    if apic is None or not 0 <= gpa - (apic.apic_base & ~0xFFF) < LAPIC_PAGE:
+        return False
+    hole = uapi.KVM_X86_QUIRK_LAPIC_MMIO_HOLE
+    return not apic.mmio_enabled and vcpu.kvm.has_quirk(hole)
+
+
 def _watch_tpr(vcpu: VcpuX86, offset: int, write: bool) -> None:
     if offset == APIC_TASKPRI:
         report_tpr_access(vcpu, write)
@@ -140,6 +210,8 @@ def _mmio_read(vcpu: VcpuX86, gpa: int, size: int) -> int:
         with vcpu.kvm.irqchip.lock:
             data = apic.mmio_read(offset, size).to_bytes(size, "little")
         _watch_tpr(vcpu, offset, write=False)
+    elif _in_lapic_hole(vcpu, gpa):
+        data = b"\xff" * size
     else:
         data = vcpu.kvm.buses[KvmBus.MMIO_BUS].read(vcpu, gpa, size)
     if data is None:
@@ -164,7 +236,7 @@ def _mmio_write(vcpu: VcpuX86, gpa: int, data: bytes) -> int:
             apic.mmio_write(offset, int.from_bytes(data, "little"), len(data))
             vcpu.state.cr8 = apic.cr8
         _watch_tpr(vcpu, offset, write=True)
-    elif not vcpu.kvm.buses[KvmBus.MMIO_BUS].write(vcpu, gpa, data):
+    elif not (_in_lapic_hole(vcpu, gpa) or vcpu.kvm.buses[KvmBus.MMIO_BUS].write(vcpu, gpa, data)):
         _exit_mmio(vcpu, gpa, len(data), data)
         vcpu.complete_userspace_io = partial(_complete, vcpu.cpu.complete_mmio_write)
         return 0
@@ -173,17 +245,38 @@ def _mmio_write(vcpu: VcpuX86, gpa: int, data: bytes) -> int:
 
 
 def _exit_mmio(vcpu: VcpuX86, gpa: int, size: int, data: bytes | None) -> None:
+    vcpu.stat.mmio_exits += 1
     vcpu.run.exit_reason = uapi.KVM_EXIT_MMIO
     mmio = vcpu.run.mmio
     mmio.phys_addr, mmio.len, mmio.is_write = gpa, size, data is not None
     mmio.data[:] = list((data or b"").ljust(8, b"\0"))
 
 
+def handle_memory_fault(vcpu: VcpuX86) -> int:
+    """A slot without memory behind it on the host: EFAULT, at the instruction that wanted it."""
+    gpa = vcpu.state.fault_gpa
+    vcpu.run.exit_reason = later.KVM_EXIT_MEMORY_FAULT
+    union: int = type(vcpu.run).hw.offset
+    fault = later.kvm_run_memory_fault.from_buffer(vcpu.run, union)
+    fault.flags, fault.gpa, fault.size = 0, gpa, PAGE_SIZE
+    raise fail(EFAULT, f"there is no memory on the host for guest address {gpa:#x}")
+
+
+def handle_dirty_ring_full(vcpu: VcpuX86) -> int:
+    vcpu.run.exit_reason = uapi.KVM_EXIT_DIRTY_RING_FULL
+    return 0
+
+
 # Instructions.
 
 
 def handle_cpuid(vcpu: VcpuX86) -> int:
+    """#GP for programs of a kernel that has asked for it (CPUID faulting)."""
+    if vcpu.msrs.get(MSR_MISC_FEATURES_ENABLES, 0) & CPUID_FAULT and get_cpl(vcpu):
+        return _inject_gp(vcpu)
     function, index = vcpu.state.gpr[RAX] & MASK32, vcpu.state.gpr[RCX] & MASK32
+    if function == 1:
+        vcpu.update_cpuid_runtime()  # the guest may have written CR4
     regs = vcpu.cpuid.lookup(function, index)
     trace("kvm_cpuid", function=function, index=index, regs=regs)
     vcpu.cpu.complete_cpuid(*regs)
@@ -243,12 +336,18 @@ def _unknown_or_invalid(index: int) -> int:
     return uapi.KVM_MSR_EXIT_REASON_INVAL if known else uapi.KVM_MSR_EXIT_REASON_UNKNOWN
 
 
+def _set_msr(vcpu: VcpuX86, index: int, value: int) -> bool:
+    if index and index == vcpu.kvm.xen_hvm_config.msr:
+        return kvm_xen_write_hypercall_page(vcpu, value)
+    return kvm_set_msr(vcpu, index, value, host=False)
+
+
 def handle_wrmsr(vcpu: VcpuX86) -> int:
     gpr = vcpu.state.gpr
     index, value = gpr[RCX] & MASK32, (gpr[RDX] & MASK32) << 32 | gpr[RAX] & MASK32
     refused = _msr_failure(vcpu, index, write=True)
     trace("kvm_msr_write", index=index, data=value)
-    if refused is None and kvm_set_msr(vcpu, index, value, host=False):
+    if refused is None and _set_msr(vcpu, index, value):
         vcpu.cpu.complete_msr(None)
         return 1
     reason = refused or _unknown_or_invalid(index)
@@ -281,37 +380,14 @@ def handle_shutdown(vcpu: VcpuX86) -> int:
     return 0
 
 
-def handle_emulation(vcpu: VcpuX86) -> int:
-    """An instruction that is not implemented: its bytes for the VMM, its name for people."""
-    state = vcpu.state
-    log.error("vCPU %d at %#x: %s", vcpu.vcpu_id, state.rip, vcpu.cpu.emulation_text)
-    trace("kvm_emulate_insn", rip=state.rip, text=vcpu.cpu.emulation_text, failed=True)
-    vcpu.run.exit_reason = uapi.KVM_EXIT_INTERNAL_ERROR
-    failure = vcpu.run.emulation_failure
-    failure.suberror = uapi.KVM_INTERNAL_ERROR_EMULATION
-    failure.ndata, failure.flags = 1, 0
-    if state.insn_len:  # else there was nothing to fetch from
-        failure.ndata = 3
-        failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-        failure.insn_size = min(state.insn_len, MAX_INSTRUCTION)
-        failure.insn_bytes[:] = list(state.insn_bytes[:MAX_INSTRUCTION])
-    return 0
-
-
-def handle_debug(vcpu: VcpuX86) -> int:
-    vcpu.run.exit_reason = uapi.KVM_EXIT_DEBUG
-    arch = vcpu.run.debug.arch
-    arch.pc, arch.dr6, arch.dr7 = vcpu.state.rip, vcpu.state.dr6, vcpu.state.dr7
-    arch.exception = uapi.DB_VECTOR
-    return 0
-
-
 EXIT_HANDLERS: dict[Exit, Callable[[VcpuX86], int]] = {
     Exit.REQUEST: handle_request,
     Exit.IRQ_WINDOW: handle_interrupt_window,
     Exit.HLT: handle_halt,
     Exit.IO: handle_io,
     Exit.MMIO: handle_mmio,
+    Exit.MEMORY_FAULT: handle_memory_fault,
+    Exit.DIRTY_RING_FULL: handle_dirty_ring_full,
     Exit.CPUID: handle_cpuid,
     Exit.RDMSR: handle_rdmsr,
     Exit.WRMSR: handle_wrmsr,
@@ -320,4 +396,10 @@ EXIT_HANDLERS: dict[Exit, Callable[[VcpuX86], int]] = {
     Exit.SHUTDOWN: handle_shutdown,
     Exit.EMULATION: handle_emulation,
     Exit.DEBUG: handle_debug,
+    Exit.VMCALL: handle_vmcall,
+    Exit.VMMCALL: handle_vmmcall,
+    Exit.RSM: handle_rsm,
+    Exit.MONITOR: handle_monitor_mwait,
+    Exit.MWAIT: handle_monitor_mwait,
+    Exit.BUS_LOCK: handle_bus_lock,
 }

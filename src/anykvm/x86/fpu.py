@@ -122,6 +122,7 @@ def xrstor(vcpu: VcpuX86, raw: bytes) -> None:
 
 @vcpu_ioctls.row("KVM_GET_FPU", Out(uapi.kvm_fpu))
 def kvm_arch_vcpu_ioctl_get_fpu(vcpu: VcpuX86, fpu: uapi.kvm_fpu) -> None:
+    """All but `mxcsr`, which Linux leaves at 0 and only KVM_GET_XSAVE has."""
     state = vcpu.state
     for i, register in enumerate(_get_stack(state)):
         memmove(fpu.fpr[i], register, 16)
@@ -129,20 +130,20 @@ def kvm_arch_vcpu_ioctl_get_fpu(vcpu: VcpuX86, fpu: uapi.kvm_fpu) -> None:
         memmove(fpu.xmm[i], state.xmm[i], 16)
     fpu.fcw, fpu.fsw, fpu.ftwx = state.fpu_cw, state.fpu_sw, abridged_tag(state)
     fpu.last_opcode, fpu.last_ip, fpu.last_dp = state.fpu_op, state.fpu_ip, state.fpu_dp
-    fpu.mxcsr = state.mxcsr
 
 
 @vcpu_ioctls.row("KVM_SET_FPU", In(uapi.kvm_fpu))
 def kvm_arch_vcpu_ioctl_set_fpu(vcpu: VcpuX86, fpu: uapi.kvm_fpu) -> None:
+    """All but `mxcsr`, which Linux ignores here."""
     control = (fpu.fcw, fpu.fsw, fpu.ftwx, fpu.last_opcode, fpu.last_ip, fpu.last_dp)
     _set_x87(vcpu.state, control, [bytes(register) for register in fpu.fpr])
     for i in range(16):
         memmove(vcpu.state.xmm[i], fpu.xmm[i], 16)
-    _set_mxcsr(vcpu, fpu.mxcsr)
 
 
 @vcpu_ioctls.row("KVM_GET_XSAVE", Out(uapi.kvm_xsave), uapi.KVM_CAP_XSAVE)
 def kvm_vcpu_ioctl_x86_get_xsave(vcpu: VcpuX86, area: uapi.kvm_xsave) -> None:
+    """x87, SSE and extended state in the standard format of XSAVE."""
     memmove(area.region, xsave(vcpu.state), XSAVE_SIZE)
 
 
@@ -152,19 +153,32 @@ def kvm_vcpu_ioctl_x86_get_xsave2(vcpu: VcpuX86, area: uapi.kvm_xsave) -> None:
     memmove(area.region, xsave(vcpu.state), XSAVE_SIZE)
 
 
-@vcpu_ioctls.row("KVM_SET_XSAVE", In(uapi.kvm_xsave), uapi.KVM_CAP_XSAVE)
+@vcpu_ioctls.row(
+    "KVM_SET_XSAVE",
+    In(uapi.kvm_xsave),
+    uapi.KVM_CAP_XSAVE,
+    errors={EINVAL: "components that the guest cannot have, or reserved bits of MXCSR"},
+)
 def kvm_vcpu_ioctl_x86_set_xsave(vcpu: VcpuX86, area: uapi.kvm_xsave) -> None:
+    """Load it; components that its header does not have are initialised."""
     xrstor(vcpu, bytes(area.region))
 
 
 @vcpu_ioctls.row("KVM_GET_XCRS", Out(uapi.kvm_xcrs), uapi.KVM_CAP_XCRS)
 def kvm_vcpu_ioctl_x86_get_xcrs(vcpu: VcpuX86, xcrs: uapi.kvm_xcrs) -> None:
+    """XCR0."""
     xcrs.nr_xcrs = 1
     xcrs.xcrs[0].xcr, xcrs.xcrs[0].value = 0, vcpu.state.xcr0
 
 
-@vcpu_ioctls.row("KVM_SET_XCRS", In(uapi.kvm_xcrs), uapi.KVM_CAP_XCRS)
+@vcpu_ioctls.row(
+    "KVM_SET_XCRS",
+    In(uapi.kvm_xcrs),
+    uapi.KVM_CAP_XCRS,
+    errors={EINVAL: "flags, too many registers, or a value that XCR0 cannot have"},
+)
 def kvm_vcpu_ioctl_x86_set_xcrs(vcpu: VcpuX86, xcrs: uapi.kvm_xcrs) -> None:
+    """Load XCR0; entries for other registers are passed over."""
     if xcrs.nr_xcrs > uapi.KVM_MAX_XCRS or xcrs.flags:
         raise fail(EINVAL, f"KVM_SET_XCRS: {xcrs.nr_xcrs} registers, flags {xcrs.flags:#x}")
     for i in range(xcrs.nr_xcrs):

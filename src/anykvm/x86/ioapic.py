@@ -152,6 +152,13 @@ class Ioapic:
             if self.irr >> pin & 1:
                 self._service(pin)
 
+    def pins_of(self, vector: int) -> list[int]:
+        """The pins whose entries send this vector."""
+        return self._pins.get(vector, [])
+
+    def level_triggered(self, pin: int) -> bool:
+        return bool(self.redirtbl[pin] & RTE_LEVEL)
+
     def get_state(self) -> kvm_ioapic_state:
         """Snapshot for KVM_GET_IRQCHIP; `irr` holds what is asserted and not yet sent."""
         state = kvm_ioapic_state(

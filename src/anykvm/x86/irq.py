@@ -24,11 +24,13 @@ from anykvm.kvm.irqchip import (
 from anykvm.kvm.kvm_main import KvmVcpu
 from anykvm.uapi import kvm as uapi
 from anykvm.x86 import lapic_regs as reg
+from anykvm.x86.hyperv_synic import kvm_hv_synic_send_eoi, kvm_hv_synic_set_irq
 from anykvm.x86.i8254 import Pit
 from anykvm.x86.i8259 import PIC_NUM_PINS, PIC_PORTS, Pic
 from anykvm.x86.ioapic import IOAPIC_DEFAULT_BASE_ADDRESS, IOAPIC_MEM_LENGTH, Ioapic
 from anykvm.x86.kvm_host import IrqchipMode, KvmX86, Request, VcpuX86
 from anykvm.x86.lapic import Lapic, LapicIrq, LapicOptions, LapicOutputs, LapicTime
+from anykvm.x86.smm import kvm_inject_smi
 
 MSI_DEST_SHIFT, MSI_EXT_DEST_SHIFT = 12, 5
 MSI_REDIRECT_HINT, MSI_LOGICAL = 1 << 3, 1 << 2
@@ -121,9 +123,11 @@ class InKernelIrqchip:
             deliver=lambda irq: self.deliver(irq, vcpu.apic),
             kick=vcpu.kick,
             nmi=vcpu.inject_nmi,
+            smi=partial(kvm_inject_smi, vcpu),
             eoi=partial(self._eoi, vcpu),
             timer_changed=partial(rearm_lapic, vcpu),
             map_changed=self.map_changed,
+            in_run=lambda: vcpu.in_run,
         )
         clock = LapicTime(time.monotonic_ns, vcpu.guest_tsc, lambda: vcpu.tsc_khz)
         options = LapicOptions(
@@ -138,7 +142,7 @@ class InKernelIrqchip:
 
     def _lapic_expired(self, vcpu: VcpuX86) -> None:
         with self.lock:
-            if vcpu.apic is not None:
+            if vcpu.apic is not None and vcpu.in_run:
                 vcpu.apic.expire(time.monotonic_ns())
                 rearm_lapic(vcpu)
 
@@ -190,6 +194,8 @@ class InKernelIrqchip:
         return any(apic is not None and apic.accept_pic_intr() for apic in apics)
 
     def _eoi(self, vcpu: VcpuX86, vector: int, trig_mode: int) -> None:
+        if vcpu.hv.synic.vectors >> vector & 1:
+            kvm_hv_synic_send_eoi(vcpu, vector)
         if self.kvm.irqchip_mode is IrqchipMode.KERNEL:
             self.ioapic.eoi(vector, trig_mode)
         elif vector in self._eoi_vectors:
@@ -245,12 +251,39 @@ class InKernelIrqchip:
                 for apic in targets
             )
 
+    def deliver_to(self, bitmap: int, first: int, irq: LapicIrq) -> int:
+        """To the processors whose APIC IDs, from `first` on, the bitmap has; how many took it."""
+        with self.lock:
+            by_id = self._by_physical if self._by_physical is not None else self._physical_map()
+            apics = (v.apic for i, v in by_id.items() if i >= first and bitmap >> i - first & 1)
+            return sum(
+                apic.accept_irq(irq.delivery_mode, irq.vector, irq.level, irq.trig_mode)
+                for apic in apics
+                if apic is not None
+            )
+
+    def handles_vector(self, vector: int) -> bool:
+        """`kvm_ioapic_handles_vector`: whether someone else is to hear of this vector's EOI."""
+        if self.kvm.irqchip_mode is not IrqchipMode.KERNEL:
+            return vector in self._eoi_vectors
+        return any(self._eoi_matters(pin) for pin in self.ioapic.pins_of(vector))
+
+    def _eoi_matters(self, pin: int) -> bool:
+        gsi = self.kvm.irq_routing.by_pin.get((uapi.KVM_IRQCHIP_IOAPIC, pin))
+        notified = gsi is not None and bool(self.kvm.irq_ack_notifiers.get(gsi))
+        return notified or self.ioapic.level_triggered(pin)
+
     # Routing.
 
     def set_routing_entry(self, entry: uapi.kvm_irq_routing_entry) -> KernelIrqRoutingEntry:
         """`kvm_set_routing_entry`."""
         if entry.type == uapi.KVM_IRQ_ROUTING_MSI:
             return self._msi_route(entry)
+        if entry.type == uapi.KVM_IRQ_ROUTING_HV_SINT:
+            sint = entry.u.hv_sint
+            return KernelIrqRoutingEntry(
+                entry.gsi, entry.type, self._set_hv_sint, hv_sint=(sint.vcpu, sint.sint)
+            )
         if entry.type == uapi.KVM_IRQ_ROUTING_IRQCHIP and self.kvm.pic_in_kernel():
             return self.chip_route(entry.gsi, entry.u.irqchip.irqchip, entry.u.irqchip.pin)
         raise fail(EINVAL, f"gsi {entry.gsi} cannot be routed by type {entry.type}")
@@ -287,6 +320,10 @@ class InKernelIrqchip:
     def _set_msi(self, entry: KernelIrqRoutingEntry, source_id: int, level: int) -> int:
         return self.deliver(self.msi_message(entry)) if level else -1
 
+    def _set_hv_sint(self, entry: KernelIrqRoutingEntry, source_id: int, level: int) -> int:
+        vp_index, sint = entry.hv_sint
+        return kvm_hv_synic_set_irq(self.kvm, vp_index, sint) if level else -1
+
     def msi_message(self, entry: KernelIrqRoutingEntry) -> LapicIrq:
         """`kvm_set_msi_irq` (SDM vol. 3, 11.11)."""
         low, data = entry.address_lo, entry.data
@@ -315,9 +352,21 @@ class InKernelIrqchip:
                 entries.append(self.chip_route(gsi, chip, gsi & 7))
         return entries
 
+    def _connect_sints(self, routes: list[KernelIrqRoutingEntry]) -> None:
+        """`kvm_hv_irq_routing_update`."""
+        for vcpu in self.kvm.x86_vcpus():
+            vcpu.hv.synic.gsi = {
+                e.hv_sint[1]: e.gsi
+                for e in routes
+                if e.type == uapi.KVM_IRQ_ROUTING_HV_SINT and e.hv_sint[0] == vcpu.hv.vp_index
+            }
+
     def routing_changed(self) -> None:
-        """With a split irqchip, EOIs of level-triggered routes are the VMM's business."""
-        routes = (e for entries in self.kvm.irq_routing.by_gsi.values() for e in entries)
+        """With a split irqchip, EOIs of level-triggered routes are the VMM's business; SINTs learn
+        which GSI is theirs.
+        """
+        routes = [e for entries in self.kvm.irq_routing.by_gsi.values() for e in entries]
+        self._connect_sints(routes)
         messages = (
             self.msi_message(e)
             for e in routes
@@ -334,3 +383,23 @@ def rearm_lapic(vcpu: VcpuX86) -> None:
             vcpu.lapic_timer.cancel()
         return
     vcpu.lapic_timer.start(deadline)
+
+
+def lapic_timer_load(vcpu: VcpuX86) -> None:
+    """KVM_RUN begins. The timer interrupts the vCPU only inside of it, so that the parts of its
+    state are of one moment while userspace reads them; what has run out meanwhile comes now.
+    """
+    vcpu.in_run = True
+    deadline = vcpu.apic.next_deadline_ns() if vcpu.apic is not None else None
+    if vcpu.apic is not None and deadline is not None:
+        now = time.monotonic_ns()
+        if deadline <= now:
+            with vcpu.kvm.irqchip.lock:
+                vcpu.apic.expire(now)
+                rearm_lapic(vcpu)
+
+
+def lapic_timer_put(vcpu: VcpuX86) -> None:
+    """KVM_RUN ends."""
+    with vcpu.kvm.irqchip.lock:
+        vcpu.in_run = False

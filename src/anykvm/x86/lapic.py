@@ -102,6 +102,20 @@ class Lapic(LapicCore):
             access[reg.APIC_LVTCMCI] = reg.CMCI_REG
         self._access = access
 
+    def set_cmci(self, present: bool) -> None:
+        """Whether there is an LVT entry for corrected machine checks
+        (`kvm_apic_after_set_mcg_cap`).
+        """
+        if present == (reg.APIC_LVTCMCI in self.lvt_regs):
+            return
+        self.lvt_regs = (*reg.LVT_REGS, reg.APIC_LVTCMCI) if present else reg.LVT_REGS
+        if present:
+            self.regs[reg.APIC_LVTCMCI >> 4] = reg.APIC_LVT_MASKED
+            self._access[reg.APIC_LVTCMCI] = reg.CMCI_REG
+        else:
+            self._access.pop(reg.APIC_LVTCMCI, None)
+        self.regs[reg.APIC_LVR >> 4] = self._version()
+
     def set_base(self, value: int, host_initiated: bool = False) -> None:
         """Write IA32_APIC_BASE. Raises ApicFault on reserved bits and illegal transitions.
 
@@ -176,6 +190,20 @@ class Lapic(LapicCore):
         else:
             self._write(offset, value)
 
+    def hv_read(self, offset: int) -> int:
+        """A register by Hyper-V's MSRs, in any mode; the ICR as x2APIC has it."""
+        value = self._read(offset)
+        return value | self.regs[reg.APIC_ICR2 >> 4] << 32 if offset == reg.APIC_ICR else value
+
+    def hv_write(self, offset: int, value: int) -> None:
+        """Write EOI, TPR or ICR by Hyper-V's MSRs, in any mode."""
+        if offset == reg.APIC_ICR:
+            self.regs[reg.APIC_ICR2 >> 4] = value >> 32
+            if self.x2apic_mode:
+                self._write_x2apic_icr(value)
+                return
+        self._write(offset, value & 0xFFFFFFFF & self._access[offset].writable)
+
     def read_tscdeadline(self) -> int:
         """IA32_TSC_DEADLINE: zero once it passed, and in other timer modes."""
         self.expire(self._clock())
@@ -188,7 +216,8 @@ class Lapic(LapicCore):
             self._timer_armed()
 
     def get_state(self, x2apic_format: bool = False) -> kvm_lapic_state:
-        """Snapshot for KVM_GET_LAPIC; a timer that ran out is delivered first.
+        """Snapshot for KVM_GET_LAPIC. A timer that ran out is delivered first, or if the processor
+        does not run still has a count to go.
 
         In x2APIC mode the ID register holds the 32-bit ID if `x2apic_format`
         (KVM_X2APIC_API_USE_32BIT_IDS), else its low byte in bits 31-24.
@@ -199,7 +228,7 @@ class Lapic(LapicCore):
             regs[base >> 4 : (base >> 4) + 8] = split_bitmap(bitmap)
         regs[reg.APIC_IRR >> 4 : (reg.APIC_IRR >> 4) + 8] = split_bitmap(self.irr)
         regs[reg.APIC_PROCPRI >> 4] = self.ppr
-        regs[reg.APIC_TMCCT >> 4] = self.timer.remaining_count()
+        regs[reg.APIC_TMCCT >> 4] = self.timer.saved_count()
         if self.x2apic_mode and not x2apic_format:
             regs[reg.APIC_ID >> 4] = self.apic_id << 24 & 0xFFFFFFFF
         return kvm_lapic_state.from_buffer_copy(REGISTER_PAGE.pack(*regs))
@@ -306,6 +335,8 @@ class Lapic(LapicCore):
             self.regs[lvt >> 4] = value | masked
             if lvt == reg.APIC_LVTT:
                 self._write_timer_mode(value)
+            if lvt == reg.APIC_LVT0:
+                self._out.kick()  # the 8259s' interrupt, or the VMM's wish for one, may wait for it
 
         return write
 

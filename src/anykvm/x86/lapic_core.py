@@ -32,6 +32,7 @@ class LapicCore:
         self.lvt_regs = (*reg.LVT_REGS, reg.APIC_LVTCMCI) if options.cmci else reg.LVT_REGS
         self.regs = [0] * 64
         self.apic_base = 0
+        self.auto_eoi = 0  # vectors that end when they are taken: Hyper-V's
         self.timer = LapicTimer(time)
         self._clock = time.clock
         self._out = outputs
@@ -152,7 +153,7 @@ class LapicCore:
         if vector is None:
             return self.regs[reg.APIC_SPIV >> 4] & reg.APIC_VECTOR_MASK
         self.irr ^= 1 << vector
-        self.isr |= 1 << vector
+        self.isr |= (1 << vector) & ~self.auto_eoi
         return vector
 
     def eoi(self) -> None:
@@ -250,8 +251,8 @@ class LapicCore:
         return self.timer.deadline
 
     def expire(self, now: int) -> bool:
-        """Deliver the timer's interrupt if it ran out by `now`; true if it did."""
-        if not self.timer.expire(now):
+        """True if the timer ran out by `now` and the processor runs: its interrupt is delivered."""
+        if not self._out.in_run() or not self.timer.expire(now):
             return False
         self.local_deliver(reg.APIC_LVTT)
         return True

@@ -117,6 +117,11 @@ def _nothing() -> None:
     """The default of optional outputs."""
 
 
+def _always() -> bool:
+    """The default of `in_run`."""
+    return True
+
+
 def _no_smi() -> bool:
     """The default SMI output: a processor without system management mode."""
     return False
@@ -157,6 +162,7 @@ class LapicOutputs:
     `nmi()` and `smi()` raise those; `smi` says whether the processor took it.
     `eoi(vector, trig_mode)` reports every EOI that is to be broadcast.
     `timer_changed()`: `next_deadline_ns` changed. `map_changed()`: what `match_dest` says changed.
+    `in_run()`: whether the processor runs; while it does not, a timer that has run out waits.
     """
 
     deliver: Callable[[LapicIrq], int]
@@ -166,6 +172,7 @@ class LapicOutputs:
     smi: Callable[[], bool] = _no_smi
     timer_changed: Callable[[], None] = _nothing
     map_changed: Callable[[], None] = _nothing
+    in_run: Callable[[], bool] = _always
 
 
 @dataclass(frozen=True, slots=True)

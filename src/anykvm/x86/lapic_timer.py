@@ -85,6 +85,13 @@ class LapicTimer:
             remaining = self._interval_ns() - -remaining % self._interval_ns()
         return -(-max(remaining, 0) // (self.divide * APIC_BUS_CYCLE_NS))
 
+    def saved_count(self) -> int:
+        """As `remaining_count`, for `resume`: 1 where the interrupt is due and not delivered."""
+        due = self.deadline is not None and self.deadline <= self._clock()
+        if due and self.mode in COUNTING_MODES and self.initial_count:
+            return 1
+        return self.remaining_count()
+
     def resume(self, initial_count: int, remaining_count: int) -> None:
         """Continue from a snapshot: the mode, divider and `tscdeadline` are already set.
 

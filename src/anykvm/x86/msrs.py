@@ -13,14 +13,21 @@ from typing import NamedTuple
 from anykvm.x86 import lapic_regs as apic_reg
 from anykvm.x86.cpuid import MODEL
 from anykvm.x86.kvm_host import MASK64, KvmX86, Request, VcpuX86
+from anykvm.x86.kvm_para import (
+    KVM_MSR_ENABLED,
+    MSR_KVM_ASYNC_PF_EN,
+    MSR_KVM_ASYNC_PF_INT,
+    MSR_KVM_PV_EOI_EN,
+    MSR_KVM_STEAL_TIME,
+    MSR_KVM_SYSTEM_TIME,
+    MSR_KVM_SYSTEM_TIME_NEW,
+    MSR_KVM_WALL_CLOCK,
+    MSR_KVM_WALL_CLOCK_NEW,
+    KvmFeature,
+)
 from anykvm.x86.lapic_regs import ApicFault
 
-KVM_MAX_MCE_BANKS = 32
-MSR_IA32_TSC_ADJUST, MSR_IA32_MCG_CAP = 0x3B, 0x179
-MSR_KVM_SYSTEM_TIME_NEW = 0x4B564D01
-MCG_CTL_P, MCG_SER_P = 1 << 8, 1 << 24
-MCE_CAP_SUPPORTED = MCG_CTL_P | MCG_SER_P | KVM_MAX_MCE_BANKS
-MCE_CAP_DEFAULT = MCG_CTL_P | KVM_MAX_MCE_BANKS
+MSR_IA32_TSC_ADJUST = 0x3B
 MTRR_VARIABLE = 8
 MTRR_CAP = 1 << 10 | 1 << 8 | MTRR_VARIABLE  # write-combining, fixed ranges
 MTRR_TYPES = frozenset((0, 1, 4, 5, 6))
@@ -51,6 +58,7 @@ ARCH_CAPABILITIES = sum(
 
 Read = Callable[[VcpuX86], int]
 Write = Callable[[VcpuX86, int, bool], bool]
+Gate = Callable[[VcpuX86, bool], bool]
 
 
 class Msr(NamedTuple):
@@ -58,7 +66,9 @@ class Msr(NamedTuple):
 
     `listed`: it belongs to what KVM_GET_MSR_INDEX_LIST says is to be saved. `feature`: it describes
     the processor and can be read from /dev/kvm. `reset` is its value after power-on, where it is
-    only stored.
+    only stored. `pv` is the feature without which a guest may not have it, see `kvm_para.py`.
+    `guest_reads` says whether a guest may read it, `exists` whether it is there at all, where that
+    depends, `gate` both for the guest and (True) for the VMM.
     """
 
     name: str
@@ -67,12 +77,25 @@ class Msr(NamedTuple):
     listed: bool = True
     feature: bool = False
     reset: int | None = None
+    pv: KvmFeature | None = None
+    guest_reads: Callable[[VcpuX86], bool] | None = None
+    exists: Callable[[VcpuX86], bool] | None = None
+    gate: Gate | None = None
+
+    def offered(self, vcpu: VcpuX86, host: bool) -> bool:
+        """Whether this vCPU has the register, for the guest or the VMM."""
+        if self.gate is not None and not self.gate(vcpu, host):
+            return False
+        if self.pv is not None and not vcpu.pv_cpuid.has(self.pv):
+            return False
+        return self.exists is None or self.exists(vcpu)
 
 
 MSRS: dict[int, Msr] = {}
 
 
-def _enter(index: int, msr: Msr) -> None:
+def enter(index: int, msr: Msr) -> None:
+    """Put a row into the table."""
     assert index not in MSRS, f"{msr.name} and {MSRS[index].name} are both {index:#x}"
     MSRS[index] = msr
 
@@ -95,10 +118,10 @@ def _field(index: int, name: str, allowed: Callable[[int], bool] = lambda value:
         setattr(vcpu.state, name, value)
         return True
 
-    _enter(index, Msr(name, read, write))
+    enter(index, Msr(name, read, write))
 
 
-def _stored(
+def stored(
     index: int,
     name: str,
     reset: int = 0,
@@ -106,6 +129,7 @@ def _stored(
     guest_writes: bool = True,
     listed: bool = True,
     feature: bool = False,
+    pv: KvmFeature | None = None,
 ) -> None:
     """A register without effect that keeps what is written."""
 
@@ -118,13 +142,13 @@ def _stored(
         vcpu.msrs[index] = value
         return True
 
-    _enter(index, Msr(name, read, write, listed, feature, reset))
+    enter(index, Msr(name, read, write, listed, feature, reset, pv))
 
 
-def _constant(index: int, name: str, value: int, ignore_writes: bool = False) -> None:
+def constant(index: int, name: str, value: int, ignore_writes: bool = False) -> None:
     """A register that cannot change; with `ignore_writes` a write is no error."""
     write: Write | None = (lambda vcpu, value, host: True) if ignore_writes else None
-    _enter(index, Msr(name, lambda vcpu: value, write, listed=False))
+    enter(index, Msr(name, lambda vcpu: value, write, listed=False))
 
 
 def _within(mask: int) -> Callable[[int], bool]:
@@ -160,7 +184,7 @@ def _segment_base(index: int, name: str, seg: int) -> None:
         vcpu.state.seg[seg].base = value
         return True
 
-    _enter(index, Msr(name, read, write))
+    enter(index, Msr(name, read, write))
 
 
 _segment_base(0xC0000100, "fs_base", 4)
@@ -195,7 +219,7 @@ def _write_efer(vcpu: VcpuX86, value: int, host: bool) -> bool:
     return True
 
 
-_enter(0xC0000080, Msr("efer", _read_efer, _write_efer))
+enter(0xC0000080, Msr("efer", _read_efer, _write_efer))
 
 # Time.
 
@@ -225,8 +249,8 @@ def _write_tsc_adjust(vcpu: VcpuX86, value: int, host: bool) -> bool:
     return True
 
 
-_enter(0x10, Msr("tsc", VcpuX86.guest_tsc, _write_tsc))
-_enter(MSR_IA32_TSC_ADJUST, Msr("tsc_adjust", _read_tsc_adjust, _write_tsc_adjust, reset=0))
+enter(0x10, Msr("tsc", VcpuX86.guest_tsc, _write_tsc))
+enter(MSR_IA32_TSC_ADJUST, Msr("tsc_adjust", _read_tsc_adjust, _write_tsc_adjust, reset=0))
 
 # The local APIC.
 
@@ -245,7 +269,7 @@ def write_apic_base(vcpu: VcpuX86, value: int, host: bool) -> bool:
     elif value & (0x2FF | -1 << vcpu.maxphyaddr()):
         return False
     vcpu.state.apic_base = value
-    vcpu.cpuid.set_runtime(bool(vcpu.state.cr4 >> 18 & 1), bool(value >> 11 & 1))
+    vcpu.update_cpuid_runtime()
     return True
 
 
@@ -263,19 +287,19 @@ def _write_tscdeadline(vcpu: VcpuX86, value: int, host: bool) -> bool:
     return True
 
 
-_enter(0x1B, Msr("apic_base", _read_apic_base, write_apic_base))
-_enter(0x6E0, Msr("tsc_deadline", _read_tscdeadline, _write_tscdeadline))
+enter(0x1B, Msr("apic_base", _read_apic_base, write_apic_base))
+enter(0x6E0, Msr("tsc_deadline", _read_tscdeadline, _write_tscdeadline))
 
 # kvmclock.
-
-SYSTEM_TIME_ENABLE = 1
 
 
 def update_pvclock(vcpu: VcpuX86) -> None:
     """Write the vCPU's time page, if the guest has enabled it."""
     msr = vcpu.msrs.get(MSR_KVM_SYSTEM_TIME_NEW, 0)
-    if msr & SYSTEM_TIME_ENABLE:
-        vcpu.pvclock.update(vcpu.kvm.kvm_write_guest, msr & ~1, vcpu.state.tsc_offset)
+    if msr & KVM_MSR_ENABLED:
+        kvm = vcpu.kvm
+        ratio, offset = vcpu.state.tsc_ratio, vcpu.state.tsc_offset
+        vcpu.pvclock.update(kvm.kvm_read_guest, kvm.kvm_write_guest, msr & ~1, ratio, offset)
 
 
 def _read_system_time(vcpu: VcpuX86) -> int:
@@ -296,83 +320,65 @@ def _write_wall_clock(vcpu: VcpuX86, value: int, host: bool) -> bool:
     kvm = vcpu.kvm
     kvm.wall_clock_gpa = value
     if value and kvm.memslots.gpa_to_memslot(value) is not None:
-        kvm.wall_clock_version = kvm.clock.write_wall_clock(
-            kvm.kvm_write_guest, value, kvm.wall_clock_version
-        )
+        kvm.clock.write_wall_clock(kvm.kvm_read_guest, kvm.kvm_write_guest, value)
     return True
 
 
-for _index in (MSR_KVM_SYSTEM_TIME_NEW, 0x12):
-    _enter(_index, Msr("kvm_system_time", _read_system_time, _write_system_time))
-for _index in (0x4B564D00, 0x11):
-    _enter(_index, Msr("kvm_wall_clock", _read_wall_clock, _write_wall_clock))
+PV_ARRANGEMENTS = (
+    MSR_KVM_SYSTEM_TIME_NEW,
+    MSR_KVM_ASYNC_PF_EN,
+    MSR_KVM_ASYNC_PF_INT,
+    MSR_KVM_STEAL_TIME,
+    MSR_KVM_PV_EOI_EN,
+)
+
+
+def _clock(system_time: int, wall_clock: int, pv: KvmFeature) -> None:
+    """Both registers of one generation; they mean the same."""
+    enter(system_time, Msr("kvm_system_time", _read_system_time, _write_system_time, pv=pv))
+    enter(wall_clock, Msr("kvm_wall_clock", _read_wall_clock, _write_wall_clock, pv=pv))
+
+
+_clock(MSR_KVM_SYSTEM_TIME_NEW, MSR_KVM_WALL_CLOCK_NEW, KvmFeature.CLOCKSOURCE2)
+_clock(MSR_KVM_SYSTEM_TIME, MSR_KVM_WALL_CLOCK, KvmFeature.CLOCKSOURCE)
 
 # Memory types: kept for the guest, without effect on memory that has no caches.
 
-_constant(0xFE, "mtrr_cap", MTRR_CAP)
-_stored(0x2FF, "mtrr_def_type", 0, lambda v: not v & ~0xCFF and (v & 0xFF) in MTRR_TYPES)
+constant(0xFE, "mtrr_cap", MTRR_CAP)
+stored(0x2FF, "mtrr_def_type", 0, lambda v: not v & ~0xCFF and (v & 0xFF) in MTRR_TYPES)
 for _n in range(MTRR_VARIABLE):
-    _stored(0x200 + 2 * _n, f"mtrr_phys_base{_n}", 0, lambda v: (v & 0xFF) in MTRR_TYPES)
-    _stored(0x201 + 2 * _n, f"mtrr_phys_mask{_n}", 0, lambda v: not v & 0x7FF)
+    stored(0x200 + 2 * _n, f"mtrr_phys_base{_n}", 0, lambda v: (v & 0xFF) in MTRR_TYPES)
+    stored(0x201 + 2 * _n, f"mtrr_phys_mask{_n}", 0, lambda v: not v & 0x7FF)
 for _index in (0x250, 0x258, 0x259, *range(0x268, 0x270)):
-    _stored(_index, f"mtrr_fixed_{_index:x}", 0, _types(MTRR_TYPES))
-
-# Machine checks: banks to read and write; nothing ever reports one.
-
-
-def _bank(index: int) -> None:
-    """CTL takes all or nothing (bits 0 and 10 are spared); the guest may only clear STATUS."""
-    control, status = index % 4 == 0, index % 4 == 1
-
-    def read(vcpu: VcpuX86) -> int:
-        return vcpu.msrs.get(index, 0)
-
-    def write(vcpu: VcpuX86, value: int, host: bool) -> bool:
-        partial = value and value | 1 << 10 | 1 != MASK64
-        if (control and partial) or (status and not host and value):
-            return False
-        vcpu.msrs[index] = value
-        return True
-
-    _enter(index, Msr(f"mc{(index - 0x400) // 4}_{index % 4}", read, write, False, reset=0))
-
-
-_stored(MSR_IA32_MCG_CAP, "mcg_cap", MCE_CAP_DEFAULT, guest_writes=False, listed=False)
-_stored(0x17A, "mcg_status", 0)
-_stored(0x17B, "mcg_ctl", 0, lambda v: v in (0, MASK64))
-for _index in range(0x400, 0x400 + 4 * KVM_MAX_MCE_BANKS):
-    _bank(_index)
+    stored(_index, f"mtrr_fixed_{_index:x}", 0, _types(MTRR_TYPES))
 
 # What describes the processor.
 
-_stored(0x10A, "arch_capabilities", ARCH_CAPABILITIES, guest_writes=False, feature=True)
-_stored(0x8B, "ucode_rev", 1 << 32, guest_writes=True, listed=False, feature=True)
-_stored(0xCE, "platform_info", 0, guest_writes=False)  # no CPUID faulting
-_stored(0x140, "misc_features_enables", 0, _within(0))
-_stored(0x1A0, "misc_enable", 1 << 0 | 1 << 11 | 1 << 12)
-_stored(0x3A, "feature_control", 1, guest_writes=False)  # locked: neither VMX nor SGX
-_stored(0x1D9, "debugctl", 0, _within(1 << 0 | 1 << 1), listed=False)
-_constant(0x17, "platform_id", 0)
-_constant(0x2A, "ebl_cr_poweron", 0)
-_constant(0xCD, "fsb_freq", 3)
-_constant(0x198, "perf_status", 1000 | 4 << 40)
-_constant(0x119, "bbl_cr_ctl", 0, ignore_writes=True)
-_constant(0x11E, "bbl_cr_ctl3", 0xBE702111)
-_constant(0x79, "ucode_write", 0, ignore_writes=True)
-_stored(0x34, "smi_count", 0, guest_writes=False)
+stored(0x10A, "arch_capabilities", ARCH_CAPABILITIES, guest_writes=False, feature=True)
+stored(0x8B, "ucode_rev", 1 << 32, guest_writes=True, listed=False, feature=True)
+stored(0x1D9, "debugctl", 0, _within(1 << 0 | 1 << 1), listed=False)
+constant(0x17, "platform_id", 0)
+constant(0x2A, "ebl_cr_poweron", 0)
+constant(0xCD, "fsb_freq", 3)
+constant(0x198, "perf_status", 1000 | 4 << 40)
+constant(0x119, "bbl_cr_ctl", 0, ignore_writes=True)
+constant(0x11E, "bbl_cr_ctl3", 0xBE702111)
+constant(0x79, "ucode_write", 0, ignore_writes=True)
+
 for _n in range(4):
-    _constant((0x1DB, 0x1DC, 0x1DD, 0x1DE)[_n], f"last_branch_{_n}", 0)
+    constant((0x1DB, 0x1DC, 0x1DD, 0x1DE)[_n], f"last_branch_{_n}", 0)
 
 assert MODEL == 0x1C  # fsb_freq and bbl_cr_ctl3 above are this model's
 
 X2APIC_MSRS = range(apic_reg.APIC_BASE_MSR, apic_reg.APIC_LAST_MSR + 1)
 
 
-def kvm_get_msr(vcpu: VcpuX86, index: int) -> int | None:
-    """The value, or None where the register does not exist."""
+def kvm_get_msr(vcpu: VcpuX86, index: int, host: bool = False) -> int | None:
+    """The value, or None where the register does not exist, or not for who asks."""
     row = MSRS.get(index)
     if row is not None:
-        return row.read(vcpu)
+        allowed = host or row.guest_reads is None or row.guest_reads(vcpu)
+        return row.read(vcpu) if allowed and row.offered(vcpu, host) else None
     if index in X2APIC_MSRS and vcpu.apic is not None:
         with vcpu.kvm.irqchip.lock:
             try:
@@ -386,6 +392,8 @@ def kvm_set_msr(vcpu: VcpuX86, index: int, value: int, host: bool) -> bool:
     """Whether the register took the value."""
     row = MSRS.get(index)
     if row is not None:
+        if not row.offered(vcpu, host):
+            return False
         if row.write is None:
             return host and row.read(vcpu) == value
         return row.write(vcpu, value, host)
@@ -401,8 +409,13 @@ def kvm_set_msr(vcpu: VcpuX86, index: int, value: int, host: bool) -> bool:
 
 def reset_msrs(vcpu: VcpuX86) -> None:
     """Power-on values of what is stored here."""
-    configured = (MSR_IA32_MCG_CAP,)  # by the VMM, not by the guest
-    vcpu.msrs = {index: vcpu.msrs[index] for index in configured if index in vcpu.msrs}
+    vcpu.msrs = {}
+
+
+def reset_pv_msrs(vcpu: VcpuX86) -> None:
+    """Power-on and INIT end what the guest has arranged with KVM."""
+    for index in PV_ARRANGEMENTS:
+        vcpu.msrs.pop(index, None)
 
 
 def msr_index_list() -> list[int]:

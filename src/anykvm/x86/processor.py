@@ -6,11 +6,39 @@ state is `State`, shared with native code. `Exit` says why `Cpu.run` came back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from anykvm.cpu.debug import DebugExit, Debugger
 from anykvm.cpu.state import Exit, State
+
+
+class DebugUnit(Protocol):
+    """Debug exceptions of a processor, and who debugs it from outside."""
+
+    exit: DebugExit  # what the last DEBUG exit was for
+
+    def attach(self, debugger: Debugger, *, finishing: bool) -> None:
+        """Whose debug exceptions are; `finishing`: what a completion ends counts as a step."""
+
+    def changed(self) -> None:
+        """DR0 to DR3 or DR7 were written."""
+
+    def drop_trap(self) -> None:
+        """#DB does not come any more."""
+
+    def trap_pending(self) -> bool:
+        """#DB comes before the next instruction, and before any interrupt."""
+
+    def take_trap(self) -> int:
+        """That #DB is the caller's to inject now: its bits of DR6, 0 if there is none."""
+
+    def entered(self, bits: int) -> None:
+        """#DB's handler is about to be entered: DR6 says why."""
+
+    def take_step(self) -> bool:
+        """The debugger's single step is done, and `exit` says so."""
 
 
 class Cpu(Protocol):
@@ -18,6 +46,9 @@ class Cpu(Protocol):
 
     @property
     def state(self) -> State: ...
+
+    @property
+    def debug(self) -> DebugUnit: ...
 
     @property
     def rflags(self) -> int: ...
@@ -36,6 +67,14 @@ class Cpu(Protocol):
     def memory_may_have_changed(self) -> None: ...
 
     def run(self) -> Exit: ...
+
+    def set_dirty_ring(self, address: int, entries: int, limit: int) -> None:
+        """Written pages of logging slots are noted in the ring; with `limit` entries it is full."""
+
+    def dirty_ring_full(self) -> bool: ...
+
+    def mark_dirty(self, gpa: int, space: int) -> None:
+        """KVM wrote to a page of a logging slot."""
 
     def request_exit(self) -> None: ...
 
@@ -57,13 +96,29 @@ class Cpu(Protocol):
         self, vector: int, error_code: int | None = None, cr2: int | None = None
     ) -> None: ...
 
+    def inject_breakpoint(self) -> None: ...
+
+    def inject_debug(self, dr6: int | None) -> None: ...
+
+    def exchange(self, gpa: int, value: int) -> int:
+        """Puts a byte into guest memory, in one step; gives what was there, 0 where nothing is."""
+
+    def translate(self, va: int) -> int | None:
+        """The physical address that a supervisor reads from; None if it would fault."""
+
     def flush_tlb(self) -> None: ...
+
+    def use_address_space(self, space: int) -> None:
+        """From now on guest-physical addresses are those of this address space."""
 
     def mode_changed(self) -> None: ...
 
     def complete_in(self, data: bytes) -> None: ...
 
     def complete_out(self) -> None: ...
+
+    def drop_io(self) -> None:
+        """The port access that left will not be completed."""
 
     def complete_mmio_read(self, data: bytes) -> None: ...
 
@@ -75,20 +130,44 @@ class Cpu(Protocol):
 
     def advance(self) -> None: ...
 
+    def patch_instruction(self, data: bytes) -> None:
+        """Writes over the instruction that left, with the guest's rights; a fault is delivered."""
+
 
 class Engine(Protocol):
     """One VM's processors: the guest-physical map and what was translated from it."""
 
     def map_memory(
-        self, gpa: int, size: int, hva: int, readonly: bool = False, log_dirty: bool = False
-    ) -> None: ...
+        self,
+        gpa: int,
+        size: int,
+        hva: int,
+        readonly: bool = False,
+        log_dirty: bool = False,
+        *,
+        all_dirty: bool = False,
+        number: int = 0,
+    ) -> None:
+        """`number` is the slot's, address space << 16 | slot."""
 
-    def unmap_memory(self, gpa: int, size: int) -> None: ...
+    def unmap_memory(self, gpa: int, size: int, space: int = 0) -> None: ...
 
-    def take_dirty(self, gpa: int) -> bytes:
+    def stopped(self) -> AbstractContextManager[None]:
+        """No vCPU executes the guest inside."""
+
+    def take_dirty(self, gpa: int, space: int = 0) -> bytes:
         """Pages of the slot at `gpa` written since the last call, a bit a page."""
 
+    def reset_dirty(self, pages: Iterable[tuple[int, int, int]]) -> None:
+        """Pages (address space, slot's address, page) are noted again when they are written."""
+
+    def code_written(self, gpa: int, size: int, space: int = 0) -> None:
+        """Memory was written other than by the guest: translations of what was there go."""
+
     def create_cpu(self, index: int, *, ticks: bool) -> Cpu: ...
+
+    def statistics(self) -> dict[str, float]:
+        """Counters of translation: units, instructions, handlers, seconds."""
 
     def close(self) -> None: ...
 

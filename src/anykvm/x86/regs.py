@@ -5,6 +5,7 @@ api.rst 4.11 to 4.14, 4.132; what is not allowed together is EINVAL (`kvm_is_val
 
 from __future__ import annotations
 
+import struct
 from errno import EINVAL
 
 from anykvm.cpu.state import Seg
@@ -42,8 +43,8 @@ ATTRIBUTES = (
 )
 CR0_PE, CR0_NW, CR0_CD, CR0_PG = 1, 1 << 29, 1 << 30, 1 << 31
 CR4_PAE, CR4_OSXSAVE = 1 << 5, 1 << 18
-# PVI to OSXMMEXCPT without VME, then what features of the model's table bring.
-CR4_PLAIN = 0x7FC
+# VME to OSXMMEXCPT, then what features of the model's table bring.
+CR4_PLAIN = 0x7FF
 CR4_OF_FEATURE = {"umip": 11, "fsgsbase": 16, "pcid": 17, "xsave": 18, "smep": 20, "smap": 21}
 CR4_ALLOWED = CR4_PLAIN | sum(
     1 << CR4_OF_FEATURE[f.name] for f in FEATURES if f.on and f.name in CR4_OF_FEATURE
@@ -61,11 +62,15 @@ def get_regs(vcpu: VcpuX86, regs: uapi.kvm_regs) -> None:
 
 
 def set_regs(vcpu: VcpuX86, regs: uapi.kvm_regs) -> None:
+    """An interrupt shadow stays, as a register of its own (KVM_SET_VCPU_EVENTS may come first)."""
+    if vcpu.cpu.in_shadow():
+        vcpu.state.shadow_rip = regs.rip
     for i, name in enumerate(GPRS):
         vcpu.state.gpr[i] = getattr(regs, name)
     vcpu.state.rip = regs.rip
     vcpu.cpu.rflags = regs.rflags | RFLAGS_FIXED
     vcpu.exception = None
+    vcpu.cpu.debug.drop_trap()
     vcpu.cpu.mode_changed()  # RFLAGS.TF and VM are part of it
     vcpu.requests.add(Request.EVENT)
 
@@ -141,7 +146,7 @@ def _set_sregs_common(vcpu: VcpuX86, sregs: Sregs) -> None:
     set_cr8(vcpu, sregs.cr8 & 15)
     for name, seg in SEGMENTS:
         set_segment(vcpu, getattr(sregs, name), seg)
-    vcpu.cpuid.set_runtime(bool(sregs.cr4 & CR4_OSXSAVE), bool(sregs.apic_base >> 11 & 1))
+    vcpu.update_cpuid_runtime()
     vcpu.cpu.mode_changed()
     vcpu.cpu.flush_tlb()
     vcpu.requests.add(Request.EVENT)
@@ -155,6 +160,8 @@ def get_sregs(vcpu: VcpuX86, sregs: uapi.kvm_sregs) -> None:
 
 def set_sregs(vcpu: VcpuX86, sregs: uapi.kvm_sregs) -> None:
     _set_sregs_common(vcpu, sregs)
+    if pae_paging(sregs.cr0, sregs.cr4, sregs.efer):
+        load_pdptrs(vcpu)
     pending = sum(word << 64 * i for i, word in enumerate(sregs.interrupt_bitmap))
     if pending:
         vcpu.injected_vector = (pending & -pending).bit_length() - 1
@@ -162,25 +169,43 @@ def set_sregs(vcpu: VcpuX86, sregs: uapi.kvm_sregs) -> None:
 
 @vcpu_ioctls.row("KVM_GET_REGS", Out(uapi.kvm_regs))
 def kvm_arch_vcpu_ioctl_get_regs(vcpu: VcpuX86, regs: uapi.kvm_regs) -> None:
+    """The general registers, RIP and RFLAGS."""
     get_regs(vcpu, regs)
 
 
 @vcpu_ioctls.row("KVM_SET_REGS", In(uapi.kvm_regs))
 def kvm_arch_vcpu_ioctl_set_regs(vcpu: VcpuX86, regs: uapi.kvm_regs) -> None:
+    """Load them; a pending exception is dropped."""
     set_regs(vcpu, regs)
 
 
 @vcpu_ioctls.row("KVM_GET_SREGS", Out(uapi.kvm_sregs))
 def kvm_arch_vcpu_ioctl_get_sregs(vcpu: VcpuX86, sregs: uapi.kvm_sregs) -> None:
+    """Segment and control registers, and the vector that is being injected."""
     get_sregs(vcpu, sregs)
 
 
-@vcpu_ioctls.row("KVM_SET_SREGS", In(uapi.kvm_sregs))
+@vcpu_ioctls.row(
+    "KVM_SET_SREGS",
+    In(uapi.kvm_sregs),
+    errors={EINVAL: "control registers that cannot be together, or a wrong APIC base"},
+)
 def kvm_arch_vcpu_ioctl_set_sregs(vcpu: VcpuX86, sregs: uapi.kvm_sregs) -> None:
+    """Load them, or nothing of them if they cannot be together."""
     set_sregs(vcpu, sregs)
 
 
-def _pae_paging(cr0: int, cr4: int, efer: int) -> bool:
+def load_pdptrs(vcpu: VcpuX86) -> None:
+    """The PDPTEs that CR3 leads to, for a VMM that does not know of them; none without memory."""
+    table = vcpu.state.cr3 & ~31 & 0xFFFF_FFFF
+    space = int(vcpu.smm.active)
+    if vcpu.kvm.memslots_of(space).gpa_to_memslot(table) is not None:
+        entries = struct.unpack("<4Q", vcpu.kvm.kvm_read_guest(table, 8 * PDPTE_COUNT, space))
+        for i, entry in enumerate(entries):
+            vcpu.state.pdpte[i] = entry
+
+
+def pae_paging(cr0: int, cr4: int, efer: int) -> bool:
     return bool(cr0 & CR0_PG and cr4 & CR4_PAE and not efer & EFER_LMA)
 
 
@@ -188,17 +213,25 @@ def _pae_paging(cr0: int, cr4: int, efer: int) -> bool:
 def kvm_arch_vcpu_ioctl_get_sregs2(vcpu: VcpuX86, sregs: uapi.kvm_sregs2) -> None:
     """As KVM_GET_SREGS, and the PDPTEs where the paging mode has them in registers."""
     _get_sregs_common(vcpu, sregs)
-    if _pae_paging(sregs.cr0, sregs.cr4, sregs.efer):
+    if pae_paging(sregs.cr0, sregs.cr4, sregs.efer):
         sregs.pdptrs[:] = list(vcpu.state.pdpte)
         sregs.flags |= uapi.KVM_SREGS2_FLAGS_PDPTRS_VALID
 
 
-@vcpu_ioctls.row("KVM_SET_SREGS2", In(uapi.kvm_sregs2), uapi.KVM_CAP_SREGS2)
+@vcpu_ioctls.row(
+    "KVM_SET_SREGS2",
+    In(uapi.kvm_sregs2),
+    uapi.KVM_CAP_SREGS2,
+    errors={
+        EINVAL: "unknown flags, control registers that cannot be together, or a wrong APIC base"
+    },
+)
 def kvm_arch_vcpu_ioctl_set_sregs2(vcpu: VcpuX86, sregs: uapi.kvm_sregs2) -> None:
+    """Load them, with the page-directory pointers if the flags say so."""
     valid = sregs.flags & uapi.KVM_SREGS2_FLAGS_PDPTRS_VALID
     if sregs.flags & ~uapi.KVM_SREGS2_FLAGS_PDPTRS_VALID:
         raise fail(EINVAL, f"KVM_SET_SREGS2: unknown flags {sregs.flags:#x}")
-    if valid and not _pae_paging(sregs.cr0, sregs.cr4, sregs.efer):
+    if valid and not pae_paging(sregs.cr0, sregs.cr4, sregs.efer):
         raise fail(EINVAL, "KVM_SET_SREGS2: PDPTEs without PAE paging")
     _set_sregs_common(vcpu, sregs)
     if valid:

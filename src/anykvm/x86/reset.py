@@ -6,8 +6,9 @@ from ctypes import memset, sizeof
 
 from anykvm.cpu.state import Seg, State
 from anykvm.x86.kvm_host import Request, VcpuX86
-from anykvm.x86.msrs import reset_msrs
+from anykvm.x86.msrs import reset_msrs, reset_pv_msrs
 from anykvm.x86.processor import Cpu
+from anykvm.x86.smm import reset_smm
 
 ATTR_CODE, ATTR_DATA = 0x9B, 0x93  # present, accessed; execute/read and read/write
 ATTR_LDT, ATTR_TSS32_BUSY = 0x82, 0x8B
@@ -70,6 +71,8 @@ def reset_cpu(cpu: Cpu, init_event: bool, signature: int) -> None:
     _reset_system(state, init_event)
     if not init_event:
         _reset_units(state)
+    cpu.debug.drop_trap()
+    cpu.debug.changed()
     cpu.mode_changed()
     cpu.flush_tlb()
 
@@ -87,6 +90,10 @@ def kvm_vcpu_reset(vcpu: VcpuX86, init_event: bool) -> None:
     vcpu.nmi_pending = 0
     vcpu.injected_vector = None
     vcpu.exception = None
+    vcpu.pv_eoi_pending = False
+    vcpu.halted_in_guest = False
+    reset_smm(vcpu, init_event)
+    reset_pv_msrs(vcpu)
     vcpu.requests.discard(Request.TRIPLE_FAULT)
     reset_cpu(vcpu.cpu, init_event, leaf.eax if leaf is not None else SIGNATURE_UNKNOWN)
     if not init_event:

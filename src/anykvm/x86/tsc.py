@@ -11,8 +11,12 @@ import mmap
 import time
 from functools import cache
 
+from anykvm.cpu.state import TSC_RATIO_BITS
+
 MEASURE_NS = 20_000_000
 _SAMPLES = 5
+TSC_TOLERANCE_PPM = 250
+MASK64 = (1 << 64) - 1
 
 # rdtsc; shl rdx, 32; or rax, rdx; ret
 _CODE = bytes.fromhex("0f31 48c1e220 4809d0 c3".replace(" ", ""))
@@ -38,6 +42,30 @@ def _sample() -> tuple[int, int]:
 
 
 _start = _sample()
+
+
+# A guest's TSC at another rate (SDM vol. 3, 26.6.5: the TSC multiplier).
+
+
+def scale_tsc(tsc: int, ratio: int) -> int:
+    """`kvm_scale_tsc`: host ticks as the guest counts them."""
+    return tsc * ratio >> TSC_RATIO_BITS & MASK64
+
+
+def tsc_ratio(khz: int) -> int | None:
+    """The ratio for a guest's rate: exactly one within the tolerance of clocks; None where no
+    ratio is large or small enough.
+    """
+    host = host_tsc_khz()
+    if abs(khz - host) * 1_000_000 <= host * TSC_TOLERANCE_PPM:
+        return 1 << TSC_RATIO_BITS
+    ratio = (khz << TSC_RATIO_BITS) // host
+    return ratio if 0 < ratio < MASK64 else None
+
+
+def max_guest_tsc_khz() -> int:
+    """What a guest's rate has to be below."""
+    return min(0x7FFFFFFF, scale_tsc(host_tsc_khz(), MASK64))
 
 
 @cache

@@ -5,31 +5,21 @@ registers, machine checks.
 from __future__ import annotations
 
 from ctypes import c_uint64, memmove, sizeof
-from errno import EINVAL, ENOTTY, ENXIO
+from errno import EINVAL, ENXIO
 
 from anykvm.kvm.errors import fail
-from anykvm.kvm.ioctl import In, InOutTail, InTail, Need, Out, OutTail, Tail, Value
+from anykvm.kvm.ioctl import In, InOutTail, InTail, Out, OutTail, Tail, Value
 from anykvm.uapi import kvm as uapi
 from anykvm.x86.cpuid import KVM_MAX_CPUID_ENTRIES, GuestCpuid
 from anykvm.x86.kvm_host import Request, VcpuX86
+from anykvm.x86.kvm_para import KVM_MSR_ENABLED, MSR_KVM_SYSTEM_TIME_NEW
 from anykvm.x86.msrs import (
-    KVM_MAX_MCE_BANKS,
-    MCE_CAP_SUPPORTED,
-    MSR_IA32_MCG_CAP,
-    MSR_KVM_SYSTEM_TIME_NEW,
-    SYSTEM_TIME_ENABLE,
     kvm_get_msr,
     kvm_set_msr,
 )
-from anykvm.x86.regs import CR4_OSXSAVE
-from anykvm.x86.tables import vcpu_ioctls
-from anykvm.x86.tsc import host_tsc_khz
+from anykvm.x86.tables import LAPIC, vcpu_ioctls
 
 MAX_IO_MSRS = 256
-TSC_TOLERANCE_PPM = 250
-LAPIC: Need[VcpuX86] = Need(
-    lambda vcpu: vcpu.apic is not None, EINVAL, "the local APIC is the VMM's"
-)
 
 Cpuid2 = Tail[uapi.kvm_cpuid2, uapi.kvm_cpuid_entry2]
 Msrs = Tail[uapi.kvm_msrs, uapi.kvm_msr_entry]
@@ -39,9 +29,15 @@ Msrs = Tail[uapi.kvm_msrs, uapi.kvm_msr_entry]
 
 
 def _set_cpuid(vcpu: VcpuX86, entries: list[uapi.kvm_cpuid_entry2]) -> None:
-    vcpu.cpuid = GuestCpuid(entries)
-    enabled = bool(vcpu.state.apic_base >> 11 & 1)
-    vcpu.cpuid.set_runtime(bool(vcpu.state.cr4 & CR4_OSXSAVE), enabled)
+    cpuid = GuestCpuid(entries)
+    vcpu.update_cpuid_runtime(cpuid)
+    if vcpu.has_run:
+        if not cpuid.same_as(vcpu.cpuid):
+            raise fail(EINVAL, "CPUID cannot change after KVM_RUN")
+        return
+    vcpu.cpuid = cpuid
+    vcpu.pv_cpuid.update(vcpu.cpuid)
+    vcpu.hv.cpuid.update(vcpu.cpuid)
     if vcpu.apic is not None:
         with vcpu.kvm.irqchip.lock:
             vcpu.apic.set_cpuid(
@@ -55,14 +51,17 @@ def _set_cpuid(vcpu: VcpuX86, entries: list[uapi.kvm_cpuid_entry2]) -> None:
     "KVM_SET_CPUID2",
     InTail(uapi.kvm_cpuid2, uapi.kvm_cpuid_entry2, "nent", KVM_MAX_CPUID_ENTRIES),
     uapi.KVM_CAP_EXT_CPUID,
+    errors={EINVAL: "another CPUID than before, after KVM_RUN"},
 )
 def kvm_vcpu_ioctl_set_cpuid2(vcpu: VcpuX86, cpuid: Cpuid2) -> None:
+    """What CPUID tells the guest; what it does not offer is #UD or #GP."""
     _set_cpuid(vcpu, list(cpuid.entries))
 
 
 @vcpu_ioctls.row(
     "KVM_SET_CPUID",
     InTail(uapi.kvm_cpuid, uapi.kvm_cpuid_entry, "nent", KVM_MAX_CPUID_ENTRIES),
+    errors={EINVAL: "another CPUID than before, after KVM_RUN"},
 )
 def kvm_vcpu_ioctl_set_cpuid(
     vcpu: VcpuX86, cpuid: Tail[uapi.kvm_cpuid, uapi.kvm_cpuid_entry]
@@ -89,24 +88,34 @@ def kvm_vcpu_ioctl_set_cpuid(
     uapi.KVM_CAP_EXT_CPUID,
 )
 def kvm_vcpu_ioctl_get_cpuid2(vcpu: VcpuX86, cpuid: Cpuid2) -> None:
+    """What was set, with the bits that follow CR4 and the APIC base."""
+    vcpu.update_cpuid_runtime()
     cpuid.entries = vcpu.cpuid.entries
 
 
 # MSRs.
 
 
-@vcpu_ioctls.row("KVM_GET_MSRS", InOutTail(uapi.kvm_msrs, uapi.kvm_msr_entry, "nmsrs", MAX_IO_MSRS))
+@vcpu_ioctls.row(
+    "KVM_GET_MSRS",
+    InOutTail(uapi.kvm_msrs, uapi.kvm_msr_entry, "nmsrs", MAX_IO_MSRS),
+    returns="how many were read, up to the first that does not exist",
+)
 def kvm_vcpu_ioctl_get_msrs(vcpu: VcpuX86, msrs: Msrs) -> int:
     """How many were read, which ends at the first that does not exist."""
     for done, entry in enumerate(msrs.entries):
-        value = kvm_get_msr(vcpu, entry.index)
+        value = kvm_get_msr(vcpu, entry.index, host=True)
         if value is None:
             return done
         entry.data = value
     return len(msrs.entries)
 
 
-@vcpu_ioctls.row("KVM_SET_MSRS", InTail(uapi.kvm_msrs, uapi.kvm_msr_entry, "nmsrs", MAX_IO_MSRS))
+@vcpu_ioctls.row(
+    "KVM_SET_MSRS",
+    InTail(uapi.kvm_msrs, uapi.kvm_msr_entry, "nmsrs", MAX_IO_MSRS),
+    returns="how many were written, up to the first that refuses",
+)
 def kvm_vcpu_ioctl_set_msrs(vcpu: VcpuX86, msrs: Msrs) -> int:
     """How many were written, which ends at the first that refuses."""
     for done, entry in enumerate(msrs.entries):
@@ -120,6 +129,7 @@ def kvm_vcpu_ioctl_set_msrs(vcpu: VcpuX86, msrs: Msrs) -> int:
 
 @vcpu_ioctls.row("KVM_GET_LAPIC", Out(uapi.kvm_lapic_state), uapi.KVM_CAP_IRQCHIP, needs=(LAPIC,))
 def kvm_vcpu_ioctl_get_lapic(vcpu: VcpuX86, state: uapi.kvm_lapic_state) -> None:
+    """The local APIC's registers, as they lie in its page."""
     assert vcpu.apic is not None
     with vcpu.kvm.irqchip.lock:
         found = vcpu.apic.get_state(vcpu.kvm.x2apic_format)
@@ -128,6 +138,7 @@ def kvm_vcpu_ioctl_get_lapic(vcpu: VcpuX86, state: uapi.kvm_lapic_state) -> None
 
 @vcpu_ioctls.row("KVM_SET_LAPIC", In(uapi.kvm_lapic_state), uapi.KVM_CAP_IRQCHIP, needs=(LAPIC,))
 def kvm_vcpu_ioctl_set_lapic(vcpu: VcpuX86, state: uapi.kvm_lapic_state) -> None:
+    """Load them; the timer goes on from its current count."""
     assert vcpu.apic is not None
     with vcpu.kvm.irqchip.lock:
         vcpu.apic.set_state(state, vcpu.kvm.x2apic_format)
@@ -138,23 +149,15 @@ def kvm_vcpu_ioctl_set_lapic(vcpu: VcpuX86, state: uapi.kvm_lapic_state) -> None
 # Time.
 
 
-@vcpu_ioctls.row("KVM_GET_TSC_KHZ", Value(), uapi.KVM_CAP_GET_TSC_KHZ)
-def kvm_vcpu_ioctl_get_tsc_khz(vcpu: VcpuX86, _: int) -> int:
-    return vcpu.tsc_khz
-
-
-@vcpu_ioctls.row("KVM_SET_TSC_KHZ", Value(), uapi.KVM_CAP_TSC_CONTROL)
-def kvm_vcpu_ioctl_set_tsc_khz(vcpu: VcpuX86, khz: int) -> None:
-    """The TSC is the host's and not scaled, so only its frequency, or 0 for it, can be had."""
-    host = host_tsc_khz()
-    if khz and abs(khz - host) * 1_000_000 > host * TSC_TOLERANCE_PPM:
-        raise fail(EINVAL, f"the TSC runs at {host} kHz and cannot at {khz}")
-
-
-@vcpu_ioctls.row("KVM_KVMCLOCK_CTRL", Value(), uapi.KVM_CAP_KVMCLOCK_CTRL)
+@vcpu_ioctls.row(
+    "KVM_KVMCLOCK_CTRL",
+    Value(),
+    uapi.KVM_CAP_KVMCLOCK_CTRL,
+    errors={EINVAL: "the guest has not enabled kvmclock"},
+)
 def kvm_set_guest_paused(vcpu: VcpuX86, _: int) -> None:
     """Tell the guest that it was stopped; EINVAL where it does not use kvmclock."""
-    if not vcpu.msrs.get(MSR_KVM_SYSTEM_TIME_NEW, 0) & SYSTEM_TIME_ENABLE:
+    if not vcpu.msrs.get(MSR_KVM_SYSTEM_TIME_NEW, 0) & KVM_MSR_ENABLED:
         raise fail(EINVAL, "the guest has not enabled kvmclock")
     vcpu.pvclock.guest_stopped = True
     vcpu.requests.add(Request.CLOCK_UPDATE)
@@ -165,21 +168,41 @@ def _tsc_offset_attr(attr: uapi.kvm_device_attr) -> None:
         raise fail(ENXIO, f"a vCPU has no attribute {attr.group}:{attr.attr}")
 
 
-@vcpu_ioctls.row("KVM_HAS_DEVICE_ATTR", In(uapi.kvm_device_attr), uapi.KVM_CAP_VCPU_ATTRIBUTES)
+@vcpu_ioctls.row(
+    "KVM_HAS_DEVICE_ATTR",
+    In(uapi.kvm_device_attr),
+    uapi.KVM_CAP_VCPU_ATTRIBUTES,
+    errors={ENXIO: "there is no such attribute"},
+)
 def kvm_vcpu_ioctl_has_device_attr(vcpu: VcpuX86, attr: uapi.kvm_device_attr) -> None:
+    """KVM_VCPU_TSC_OFFSET of KVM_VCPU_TSC_CTRL alone."""
     _tsc_offset_attr(attr)
 
 
-@vcpu_ioctls.row("KVM_GET_DEVICE_ATTR", In(uapi.kvm_device_attr), uapi.KVM_CAP_VCPU_ATTRIBUTES)
+@vcpu_ioctls.row(
+    "KVM_GET_DEVICE_ATTR",
+    In(uapi.kvm_device_attr),
+    uapi.KVM_CAP_VCPU_ATTRIBUTES,
+    errors={ENXIO: "there is no such attribute"},
+)
 def kvm_vcpu_ioctl_get_device_attr(vcpu: VcpuX86, attr: uapi.kvm_device_attr) -> None:
+    """The offset of the guest's TSC from the host's."""
     _tsc_offset_attr(attr)
     vcpu.kvm.mm.write(attr.addr, bytes(c_uint64(vcpu.state.tsc_offset)))
 
 
-@vcpu_ioctls.row("KVM_SET_DEVICE_ATTR", In(uapi.kvm_device_attr), uapi.KVM_CAP_VCPU_ATTRIBUTES)
+@vcpu_ioctls.row(
+    "KVM_SET_DEVICE_ATTR",
+    In(uapi.kvm_device_attr),
+    uapi.KVM_CAP_VCPU_ATTRIBUTES,
+    errors={ENXIO: "there is no such attribute"},
+)
 def kvm_vcpu_ioctl_set_device_attr(vcpu: VcpuX86, attr: uapi.kvm_device_attr) -> None:
+    """Set the offset of the guest's TSC from the host's."""
     _tsc_offset_attr(attr)
-    vcpu.set_tsc_offset(int.from_bytes(vcpu.kvm.mm.read(attr.addr, 8), "little"))
+    offset = int.from_bytes(vcpu.kvm.mm.read(attr.addr, 8), "little")
+    vcpu.kvm.cur_tsc_offset = offset  # what later writes of the TSC are compared with
+    vcpu.set_tsc_offset(offset)
 
 
 # Debugging and machine checks.
@@ -187,32 +210,22 @@ def kvm_vcpu_ioctl_set_device_attr(vcpu: VcpuX86, attr: uapi.kvm_device_attr) ->
 
 @vcpu_ioctls.row("KVM_GET_DEBUGREGS", Out(uapi.kvm_debugregs), uapi.KVM_CAP_DEBUGREGS)
 def kvm_vcpu_ioctl_x86_get_debugregs(vcpu: VcpuX86, regs: uapi.kvm_debugregs) -> None:
+    """DR0 to DR3, DR6 and DR7 of the guest."""
     regs.db[:] = list(vcpu.state.dr)
     regs.dr6, regs.dr7 = vcpu.state.dr6, vcpu.state.dr7
 
 
-@vcpu_ioctls.row("KVM_SET_DEBUGREGS", In(uapi.kvm_debugregs), uapi.KVM_CAP_DEBUGREGS)
+@vcpu_ioctls.row(
+    "KVM_SET_DEBUGREGS",
+    In(uapi.kvm_debugregs),
+    uapi.KVM_CAP_DEBUGREGS,
+    errors={EINVAL: "flags, or bits of dr6 or dr7 above 31"},
+)
 def kvm_vcpu_ioctl_x86_set_debugregs(vcpu: VcpuX86, regs: uapi.kvm_debugregs) -> None:
+    """Load them."""
     if regs.flags or regs.dr6 >> 32 or regs.dr7 >> 32:
         raise fail(EINVAL, f"KVM_SET_DEBUGREGS: dr6 {regs.dr6:#x}, dr7 {regs.dr7:#x}")
     for i in range(4):
         vcpu.state.dr[i] = regs.db[i]
     vcpu.state.dr6, vcpu.state.dr7 = regs.dr6, regs.dr7
-    vcpu.cpu.mode_changed()
-
-
-@vcpu_ioctls.row("KVM_X86_SETUP_MCE", In(c_uint64), uapi.KVM_CAP_MCE)
-def kvm_vcpu_ioctl_x86_setup_mce(vcpu: VcpuX86, mcg_cap: c_uint64) -> None:
-    """Which of the machine-check features and banks the guest sees."""
-    cap = mcg_cap.value
-    banks = cap & 0xFF
-    if not 0 < banks <= KVM_MAX_MCE_BANKS or cap & ~(MCE_CAP_SUPPORTED | 0xFF | 0xFF0000):
-        raise fail(EINVAL, f"KVM_X86_SETUP_MCE: {cap:#x}")
-    vcpu.msrs[MSR_IA32_MCG_CAP] = cap
-
-
-# Linux has these only with what is not here: SMM, nested virtualization, Hyper-V, Xen.
-vcpu_ioctls.mark_absent(ENOTTY, "KVM_SMI", "KVM_X86_SET_MCE", "KVM_TRANSLATE")
-vcpu_ioctls.mark_absent(ENOTTY, "KVM_XEN_VCPU_GET_ATTR", "KVM_XEN_VCPU_SET_ATTR")
-vcpu_ioctls.mark_absent(ENOTTY, "KVM_SET_GUEST_DEBUG", "KVM_GET_SUPPORTED_HV_CPUID")
-vcpu_ioctls.mark_absent(EINVAL, "KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE", "KVM_ENABLE_CAP")
+    vcpu.cpu.debug.changed()

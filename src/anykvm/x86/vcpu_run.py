@@ -6,8 +6,10 @@ handler returns 1 to go on and 0 to return to userspace with `vcpu.run` filled i
 
 from __future__ import annotations
 
+import time
 from errno import EAGAIN, EINTR, EINVAL
 
+from anykvm.cpu.state import Exit
 from anykvm.fs.trace import enabled, trace
 from anykvm.kvm.errors import fail
 from anykvm.kvm.kvm_main import VcpuMode
@@ -15,14 +17,27 @@ from anykvm.uapi import kvm as uapi
 from anykvm.x86.events import (
     inject_pending_events,
     interrupt_window_open,
+    is_halted,
     kvm_apic_accept_events,
     kvm_arch_vcpu_runnable,
+    kvm_vcpu_unhalt,
     ready_for_interrupt_injection,
 )
-from anykvm.x86.exits import EXIT_HANDLERS
+from anykvm.x86.exits import EXIT_HANDLERS, handle_dirty_ring_full
+from anykvm.x86.halt_poll import halt_poll, halt_poll_adjust
+from anykvm.x86.hyperv import HV_REQUESTS, handle_hv_requests
+from anykvm.x86.hyperv_clock import kvm_hv_setup_tsc_page
+from anykvm.x86.irq import lapic_timer_load, lapic_timer_put
 from anykvm.x86.kvm_host import MpState, Request, VcpuX86
 from anykvm.x86.msrs import update_pvclock
+from anykvm.x86.pv_eoi import sync_pv_eoi_from_guest
 from anykvm.x86.regs import get_cr8, set_cr8
+from anykvm.x86.stats import count_userspace_exit, publish_vcpu, publish_vm, waiting
+from anykvm.x86.steal_time import (
+    record_steal_time,
+    steal_time_sched_in,
+    steal_time_set_preempted,
+)
 from anykvm.x86.sync_regs import store_regs, sync_regs
 from anykvm.x86.vapic import kvm_lapic_sync_from_vapic, kvm_lapic_sync_to_vapic
 
@@ -31,6 +46,7 @@ def kvm_arch_vcpu_ioctl_run(vcpu: VcpuX86) -> int:
     """KVM_RUN with signals held back, see kvm/sigset.py."""
     vcpu.sigset.activate()
     vcpu.cpu.memory_may_have_changed()
+    lapic_timer_load(vcpu)
     try:
         vcpu.run.flags = 0
         if vcpu.run.kvm_valid_regs & ~uapi.KVM_SYNC_X86_VALID_FIELDS:
@@ -41,7 +57,10 @@ def kvm_arch_vcpu_ioctl_run(vcpu: VcpuX86) -> int:
             if vcpu.run.kvm_valid_regs:
                 store_regs(vcpu)
             _post_kvm_run_save(vcpu)
+            publish_vcpu(vcpu)
+            count_userspace_exit(vcpu)
     finally:
+        lapic_timer_put(vcpu)
         vcpu.sigset.deactivate()
     return 0
 
@@ -51,16 +70,50 @@ def _run(vcpu: VcpuX86) -> None:
         _wait_for_init(vcpu)
     if vcpu.run.kvm_dirty_regs:
         sync_regs(vcpu)
+    steal_time_sched_in(vcpu)
     if vcpu.apic is None and not set_cr8(vcpu, vcpu.run.cr8):
         raise fail(EINVAL, f"kvm_run.cr8 is {vcpu.run.cr8:#x}")
     complete, vcpu.complete_userspace_io = vcpu.complete_userspace_io, None
-    if complete is not None and not complete():
+    if complete is not None and not (complete() and _finish_instruction(vcpu)):
         return
     if vcpu.run.immediate_exit:
-        raise _interrupted(vcpu)
+        _leave_at_once(vcpu)
+        return
     if vcpu.run.request_interrupt_window:
         vcpu.requests.add(Request.EVENT)
     vcpu_run(vcpu)
+
+
+def _finish_instruction(vcpu: VcpuX86) -> int:
+    """An instruction with several MMIO accesses makes them all before anything else happens, as the
+    kernel's emulator does: so nothing of it is missing from the registers that userspace reads.
+    """
+    while vcpu.cpu.mid_instruction() and vcpu.mp_state == MpState.RUNNABLE:
+        vcpu.cpu.finish_instruction()
+        if not vcpu_enter_guest(vcpu, finishing=True):
+            return 0
+    return 1
+
+
+def _nothing_to_report(vcpu: VcpuX86) -> int:
+    """Whether no exit would be forgotten if the state were read now."""
+    if not _finish_instruction(vcpu):
+        return 0
+    return vcpu.requests.isdisjoint(EXIT_REQUESTS) or _handle_requests(vcpu)
+
+
+def _leave_at_once(vcpu: VcpuX86) -> None:
+    """`immediate_exit` before the guest was entered: the last exit's reason stays."""
+    before = vcpu.run.exit_reason
+    if _nothing_to_report(vcpu):
+        interrupted = _interrupted(vcpu)
+        vcpu.run.exit_reason = before
+        raise interrupted
+
+
+def _interrupt(vcpu: VcpuX86) -> None:
+    if _nothing_to_report(vcpu):
+        raise _interrupted(vcpu)
 
 
 def _wait_for_init(vcpu: VcpuX86) -> None:
@@ -76,28 +129,41 @@ def _wait_for_init(vcpu: VcpuX86) -> None:
 
 def _interrupted(vcpu: VcpuX86) -> OSError:
     """EINTR, with an exit reason that is not mistaken for the last exit's."""
+    steal_time_set_preempted(vcpu)
+    vcpu.stat.signal_exits += vcpu.sigset.signal_pending()
     vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
     return fail(EINTR, "KVM_RUN was interrupted")
 
 
 def vcpu_run(vcpu: VcpuX86) -> None:
     """Until an exit for userspace; EINTR."""
-    vcpu.run.exit_reason = uapi.KVM_EXIT_UNKNOWN
+    vcpu.has_run = True
+    # Another process's thread may be out of this call before we know, and read this at once.
+    vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
     while True:
-        running = vcpu.mp_state == MpState.RUNNABLE
+        running = vcpu.mp_state == MpState.RUNNABLE and not vcpu.halted_in_guest
         if not (vcpu_enter_guest(vcpu) if running else vcpu_block(vcpu)):
             return
         if vcpu.run.request_interrupt_window and interrupt_window_open(vcpu):
             vcpu.run.exit_reason = uapi.KVM_EXIT_IRQ_WINDOW_OPEN
+            vcpu.stat.request_irq_exits += 1
             return
         if vcpu.look_for_signals or not running:
             vcpu.look_for_signals = False
+            publish_vcpu(vcpu)
+            publish_vm(vcpu.kvm)
             if vcpu.sigset.signal_pending() or vcpu.run.immediate_exit:
-                raise _interrupted(vcpu)
+                _interrupt(vcpu)
+                return
 
 
-def vcpu_enter_guest(vcpu: VcpuX86) -> int:
-    """One stay in the guest, with what is pending injected before and its exit handled after."""
+def vcpu_enter_guest(vcpu: VcpuX86, *, finishing: bool = False) -> int:
+    """One stay in the guest, with what is pending injected before and its exit handled after.
+
+    `finishing`: only to the end of an instruction, or under REP of its turn.
+    """
+    if vcpu.dirty_ring is not None and vcpu.cpu.dirty_ring_full():
+        return handle_dirty_ring_full(vcpu)
     if vcpu.requests and not _handle_requests(vcpu):
         return 0
     if vcpu.mp_state != MpState.RUNNABLE:
@@ -108,11 +174,17 @@ def vcpu_enter_guest(vcpu: VcpuX86) -> int:
         vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
         return 1
     exit_kind = vcpu.cpu.run()
+    vcpu.stat.exits += 1
     vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
     kvm_lapic_sync_from_vapic(vcpu)
     if enabled():
         trace("kvm_exit", vcpu_id=vcpu.vcpu_id, reason=exit_kind, rip=vcpu.state.rip)
+    if finishing and exit_kind is Exit.MMIO and not vcpu.cpu.mid_instruction():
+        return 1  # the next turn's first access, of which nothing was done yet
     return EXIT_HANDLERS[exit_kind](vcpu)
+
+
+EXIT_REQUESTS = {Request.IOAPIC_EOI_EXIT, Request.REPORT_TPR_ACCESS, Request.TRIPLE_FAULT}
 
 
 def _handle_requests(vcpu: VcpuX86) -> int:
@@ -120,6 +192,13 @@ def _handle_requests(vcpu: VcpuX86) -> int:
     if Request.CLOCK_UPDATE in requests:
         requests.discard(Request.CLOCK_UPDATE)
         update_pvclock(vcpu)
+        if vcpu.vcpu_idx == 0:
+            kvm_hv_setup_tsc_page(vcpu)
+    if not HV_REQUESTS.isdisjoint(requests) and not handle_hv_requests(vcpu):
+        return 0
+    if Request.STEAL_UPDATE in requests:
+        requests.discard(Request.STEAL_UPDATE)
+        record_steal_time(vcpu)
     if Request.IOAPIC_EOI_EXIT in requests:
         requests.discard(Request.IOAPIC_EOI_EXIT)
         vcpu.run.exit_reason = uapi.KVM_EXIT_IOAPIC_EOI
@@ -135,6 +214,7 @@ def _handle_requests(vcpu: VcpuX86) -> int:
         return 0
     if Request.EVENT in requests:
         requests.discard(Request.EVENT)
+        vcpu.stat.req_event += 1
         kvm_apic_accept_events(vcpu)
         if vcpu.mp_state == MpState.RUNNABLE:
             inject_pending_events(vcpu)
@@ -145,19 +225,29 @@ def _handle_requests(vcpu: VcpuX86) -> int:
 def vcpu_block(vcpu: VcpuX86) -> int:
     """Sleep until there is something to run for, a signal, or `immediate_exit`; returns 1."""
     vcpu.mode = VcpuMode.BLOCKED
-    if not kvm_arch_vcpu_runnable(vcpu) and not vcpu.run.immediate_exit:
-        vcpu.sigset.wait()
+    sleeps = not kvm_arch_vcpu_runnable(vcpu) and not interrupt_window_open(vcpu)
+    if sleeps and not vcpu.run.immediate_exit:
+        began = time.monotonic_ns()
+        if not halt_poll(vcpu):
+            with waiting(vcpu):
+                vcpu.sigset.wait()
+        halt_poll_adjust(vcpu, time.monotonic_ns() - began)
     vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
     if kvm_arch_vcpu_runnable(vcpu):
+        vcpu.stat.halt_wakeup += 1
         kvm_apic_accept_events(vcpu)
-        if vcpu.mp_state == MpState.HALTED:
-            vcpu.mp_state = MpState.RUNNABLE
+        if is_halted(vcpu):
+            kvm_vcpu_unhalt(vcpu)
+            steal_time_sched_in(vcpu)
     return 1
 
 
 def _post_kvm_run_save(vcpu: VcpuX86) -> None:
     """`post_kvm_run_save`."""
+    sync_pv_eoi_from_guest(vcpu)  # if the guest was not entered any more
     run = vcpu.run
+    if vcpu.smm.active:
+        run.flags |= uapi.KVM_RUN_X86_SMM
     run.if_flag = vcpu.state.flags >> 9 & 1
     run.cr8 = get_cr8(vcpu)
     run.apic_base = vcpu.state.apic_base

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from iced_x86 import Decoder, EncodingKind, Formatter, FormatterSyntax, Instruction
 
-from anykvm.cpu.assist import far, io, system
+from anykvm.cpu.assist import far, io, system, vme, xcr
 from anykvm.cpu.assist.core import ASSISTS, Assist
 from anykvm.cpu.decode import ASSIST
 from anykvm.cpu.faults import GuestFault, Leave
@@ -25,7 +25,7 @@ from anykvm.cpu.unit import CODE_MODE
 if TYPE_CHECKING:
     from anykvm.cpu.processor import Cpu
 
-__all__ = ["execute", "far", "fetch", "io", "system"]
+__all__ = ["execute", "far", "fetch", "io", "system", "vme", "xcr"]
 
 _formatter = Formatter(FormatterSyntax.NASM)
 
@@ -40,13 +40,14 @@ def linear_rip(cpu: Cpu) -> int:
 def fetch(cpu: Cpu) -> bytes:
     """Up to 15 bytes of code at RIP."""
     linear = linear_rip(cpu)
-    host = cpu.fetch_page(linear)
-    if host is None:
-        raise cpu.noted_fault()
     room = 4096 - (linear & 0xFFF)
-    data = ctypes.string_at(host + (linear & 0xFFF), min(15, room))
-    if room < 15 and (second := cpu.fetch_page(linear + room)) is not None:
-        data += ctypes.string_at(second, 15 - room)
+    with cpu.engine.gate.passed():  # no slot is half changed
+        host = cpu.fetch_page(linear)
+        if host is None:
+            raise cpu.noted_fault()
+        data = cpu.host_bytes(host + (linear & 0xFFF), min(15, room))
+        if room < 15 and (second := cpu.fetch_page(linear + room)) is not None:
+            data += cpu.host_bytes(second, 15 - room)
     return data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from anykvm.cpu import events, segments
+from anykvm.cpu.assist import vme
 from anykvm.cpu.assist.core import MASK64, Assist, microcode
 from anykvm.cpu.assist.system import mov_special
 from anykvm.cpu.decode import SEGMENT
@@ -19,11 +20,16 @@ def software_interrupt(a: Assist) -> None:
     """The gate's DPL must allow it, but for INT1; RIP pushed is that of the next instruction."""
     cpu = a.cpu
     vector = VECTORS.get(a.name)
+    if a.name == "int3":
+        cpu.debug.breakpoint()
+    if a.name == "int1":
+        cpu.debug.icebp()
+    assert a.next_rip is not None
     if vector is None:
         vector = int(a.i.immediate8)
-        if cpu.rflags & Flag.VM and (cpu.rflags >> 12 & 3) < 3:
-            raise GuestFault(GP, 0)
-    assert a.next_rip is not None
+        if vme.redirected(a, vector):
+            vme.interrupt_vm86(a, vector, a.next_rip)
+            return
     rip, a.next_rip = a.next_rip, None
     events.deliver(cpu, vector, fault=False, software=a.name != "int1", rip=rip)
 
@@ -217,11 +223,16 @@ def interrupt_return(a: Assist) -> None:
     selector &= 0xFFFF
     cpu, s = a.cpu, a.s
     s.nmi_blocked = 0
+    if vme.needs_vif(a):
+        vme.interrupt_return_vm86(a, size)
+        s.resume_rip = s.rip
+        return
     if segments.is_real(cpu):
         a.drop(3 * size)
         segments.load_real(cpu, Seg.CS, selector)
         _write_flags(a, flags, size, cpl=0 if not s.cr0 & 1 else 3)
         _go(a, rip, size)
+        s.resume_rip = s.rip
         return
     if cpu.rflags & Flag.NT:
         raise GuestFault(
@@ -242,6 +253,7 @@ def interrupt_return(a: Assist) -> None:
         segments.set_code(cpu, selector, found, selector & 3)
     _write_flags(a, flags, size, cpl=cpl)
     _go(a, rip, size)
+    s.resume_rip = s.rip
 
 
 def _check_rip(a: Assist, selector: int, rip: int) -> None:
@@ -275,6 +287,7 @@ def _return_to_vm86(a: Assist, rip: int, selector: int, flags: int) -> None:
     for seg, value in order:
         segments.load_real(cpu, seg, value & 0xFFFF)
     _go(a, rip & 0xFFFF, 4)
+    s.resume_rip = s.rip
 
 
 @microcode("mov")

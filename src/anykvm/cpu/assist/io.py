@@ -75,7 +75,8 @@ def port_string(a: Assist) -> None:
     seg = Seg.ES if incoming else SEGMENT[a.i.memory_segment]
     backward = bool(cpu.rflags & Flag.DF)
     room = (4096 - offset % 4096) // size
-    count = 1 if backward or room == 0 else min(left, room, CHUNK // size)
+    single = backward or room == 0 or cpu.debug.one_at_a_time()
+    count = 1 if single else min(left, room, CHUNK // size)
     linear = a.linear(seg, offset, size * count, write=incoming)
     next_rip, done = a.next_rip, count == left
     step = -size if backward else size * count
@@ -88,13 +89,19 @@ def port_string(a: Assist) -> None:
         s.replay_count = 0
         if done:
             s.rip = next_rip or 0
+        cpu.debug.repeating = not done
         cpu.count_exited()
 
     if incoming:
         _require_writable(cpu, linear, size * count)  # a fault comes before the port is read
 
         def arrived(data: bytes) -> None:
-            cpu.write(linear, data)
+            nonlocal left, count, done, step
+            if rep and s.gpr[RCX] & mask != left:  # the VMM has changed it meanwhile
+                left = s.gpr[RCX] & mask
+                count = min(count, left)
+                done, step = count == left, step if single else size * count
+            cpu.write(linear, data[: size * count])
             finish()
 
         cpu._completion = arrived

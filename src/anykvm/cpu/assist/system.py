@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 from anykvm.cpu import segments
 from anykvm.cpu.assist.core import CR4_UMIP, MASK64, Assist, microcode, register_name
+from anykvm.cpu.debug import DR6_BD, DR7_GD
 from anykvm.cpu.faults import GuestFault, Leave
-from anykvm.cpu.guest import DB, GP, NP, UD
-from anykvm.cpu.mmu import PHYSICAL_BITS
+from anykvm.cpu.guest import GP, NP, UD
+from anykvm.cpu.memory import PHYSICAL_BITS
 from anykvm.cpu.state import Exit, Flag, Mode, Seg
 
 CR0_PE, CR0_MP, CR0_TS, CR0_ET, CR0_NW, CR0_CD, CR0_PG = (
@@ -18,12 +17,11 @@ CR0_PE, CR0_MP, CR0_TS, CR0_ET, CR0_NW, CR0_CD, CR0_PG = (
 )  # fmt: skip
 CR0_VALID = 0xE005_003F
 CR4_DE, CR4_PSE, CR4_PAE = 1 << 3, 1 << 4, 1 << 5
-CR4_FSGSBASE, CR4_SMEP = 1 << 16, 1 << 20
-# TSD, DE, PSE, PAE, MCE, PGE, PCE, OSFXSR, OSXMMEXCPT, UMIP, FSGSBASE, SMEP
-CR4_VALID = 0x7FC | 1 << 11 | CR4_FSGSBASE | CR4_SMEP
+CR4_FSGSBASE, CR4_OSXSAVE, CR4_SMEP = 1 << 16, 1 << 18, 1 << 20
+# VME, PVI, TSD, DE, PSE, PAE, MCE, PGE, PCE, OSFXSR, OSXMMEXCPT, UMIP, FSGSBASE, OSXSAVE, SMEP
+CR4_VALID = 0x7FF | 1 << 11 | CR4_FSGSBASE | CR4_OSXSAVE | CR4_SMEP
 EFER_LME, EFER_LMA, EFER_NXE = 1 << 8, 1 << 10, 1 << 11
-DR6_FIXED, DR6_BD = 0xFFFF_0FF0, 1 << 13
-DR7_GD = 1 << 13
+DR6_FIXED = 0xFFFF_0FF0
 
 
 def mov_special(a: Assist) -> None:
@@ -88,11 +86,13 @@ def _write_cr0(a: Assist, value: int) -> None:
 def load_pdptes(a: Assist, cr3: int) -> None:
     """PAE paging keeps its four page-directory pointers in the processor (SDM vol. 3, 4.4.1)."""
     entries = []
-    host = a.cpu.engine.memory.host(cr3 & 0xFFFF_FFE0)
-    for n in range(4):
+    with a.cpu.engine.gate.passed():  # the slot stays
+        host = a.cpu.memory.host(cr3 & 0xFFFF_FFE0)
         if host is None:
             raise GuestFault(GP, 0)
-        entry = int.from_bytes(ctypes.string_at(host + 8 * n, 8), "little")
+        table = a.cpu.host_bytes(host, 32)
+    for n in range(4):
+        entry = int.from_bytes(table[8 * n : 8 * n + 8], "little")
         if entry & 1 and entry & (0x1E6 | (MASK64 >> PHYSICAL_BITS << PHYSICAL_BITS)):
             raise GuestFault(GP, 0)
         entries.append(entry)
@@ -133,10 +133,9 @@ def _debug_number(a: Assist, n: int) -> int:
         if a.s.cr4 & CR4_DE:
             raise GuestFault(UD)
         n += 2
-    if a.s.dr7 & DR7_GD:
-        a.s.dr7 &= ~DR7_GD
-        a.s.dr6 |= DR6_BD
-        raise GuestFault(DB)
+    debug = a.cpu.debug
+    if debug.dr7 & DR7_GD:
+        debug.report(DR6_BD, resume=True)
     return n
 
 
@@ -149,16 +148,15 @@ def _read_dr(a: Assist, n: int) -> int:
 def _write_dr(a: Assist, n: int, value: int) -> None:
     n = _debug_number(a, n)
     s = a.s
+    if n >= 4 and value >> 32:
+        raise GuestFault(GP, 0)
     if n < 4:
         s.dr[n] = value
-        return
-    if value >> 32:
-        raise GuestFault(GP, 0)
-    if n == 6:
+    elif n == 6:
         s.dr6 = value & 0xE00F | DR6_FIXED
     else:
         s.dr7 = value & 0xFFFF_2BFF | 0x400
-    a.cpu.mode_changed()
+    a.cpu.debug.changed()
 
 
 @microcode("clts")
@@ -340,11 +338,9 @@ def rdpmc(a: Assist) -> None:
 
 NOT_OFFERED = """
     adcx adox aesdec aesdeclast aesenc aesenclast aesimc aeskeygenassist clflushopt clwb getsec
-    invpcid monitor movdir64b movdiri mwait pclmulqdq rdpid rdpkru rdrand rdseed rsm serialize
-    sha1msg1 sha1msg2 sha1nexte sha1rnds4 sha256msg1 sha256msg2 sha256rnds2 vmcall vmclear vmlaunch
-    vmmcall vmptrld vmptrst vmread vmresume vmwrite vmxoff vmxon wrpkru xabort xbegin xend xgetbv
-    xrstor xrstor64 xrstors xrstors64 xsave xsave64 xsavec xsavec64 xsaveopt xsaveopt64 xsaves
-    xsaves64 xsetbv xtest
+    invpcid movdir64b movdiri pclmulqdq rdpid rdpkru rdrand rdseed serialize
+    sha1msg1 sha1msg2 sha1nexte sha1rnds4 sha256msg1 sha256msg2 sha256rnds2 vmclear vmlaunch
+    vmptrld vmptrst vmread vmresume vmwrite vmxoff vmxon wrpkru xabort xbegin xend xtest
 """
 
 

@@ -23,6 +23,7 @@ from anykvm.cpu.insn import (
     x87_control,
     x87_move,
     x87_trans,
+    xsave,
 )
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "x87_control",
     "x87_move",
     "x87_trans",
+    "xsave",
 ]

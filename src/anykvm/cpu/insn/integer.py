@@ -5,6 +5,7 @@ from __future__ import annotations
 from anykvm.cpu.forms import Insn, Memory, compare_exchange, row
 from anykvm.cpu.guest import DE, GP
 from anykvm.cpu.ir import Value
+from anykvm.cpu.state import TSC_RATIO_BITS
 
 CONDITIONS = "o no b ae e ne be a s ns p np l ge le g".split()
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
@@ -413,7 +414,11 @@ def aad(i: Insn) -> None:
 def rdtsc(i: Insn, name: str) -> None:
     h = i.h
     h.raise_if((h.get("cr4").bit(2)) & h.cpl().ne(0), GP, 0)
-    tsc = h.intrinsic("llvm.readcyclecounter", "i64") + h.get("tsc_offset")
+    # In order with the loads before it, as on a processor that does not speculate.
+    h.line('call void asm sideeffect "lfence", "~{memory}"()')
+    cycles = h.intrinsic("llvm.readcyclecounter", "i64").zext(128)
+    scaled = (cycles * h.get("tsc_ratio").zext(128)) >> TSC_RATIO_BITS
+    tsc = scaled.trunc(64) + h.get("tsc_offset")
     write_gpr(i, RAX, tsc.trunc(32))
     write_gpr(i, RDX, (tsc >> 32).trunc(32))
     if name == "rdtscp":

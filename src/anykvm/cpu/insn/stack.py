@@ -8,7 +8,9 @@ from anykvm.cpu.forms import Insn, Memory, SegmentRegister, row
 from anykvm.cpu.guest import GP
 from anykvm.cpu.insn.integer import RBP, RSP, read_gpr, write_gpr
 from anykvm.cpu.ir import Value, Var
-from anykvm.cpu.state import STATUS_FLAGS, Flag
+from anykvm.cpu.state import STATUS_FLAGS, Exit, Flag
+
+VME_OR_PVI = 3  # of CR4
 
 
 def _size(i: Insn) -> int:
@@ -51,13 +53,23 @@ def pop(i: Insn) -> None:
 @row("pushf", writes=())
 def pushf(i: Insn) -> None:
     """RF and VM are pushed as 0."""
+    _vm86_is_pythons(i)
     n = _size(i)
     hidden = int(Flag.RF | Flag.VM)
     i.h.push((i.h.flags.read() & ~hidden).trunc(n))
 
 
+def _vm86_is_pythons(i: Insn) -> None:
+    """In virtual-8086 mode with IOPL below 3, which no 64-bit code is."""
+    h = i.h
+    if "legacy" in i.attrs:
+        with h.If((h.get("flags") & int(Flag.VM)).ne(0) & ((h.get("flags") >> 12) & 3).ult(3)):
+            h.leave(Exit.ASSIST)
+
+
 @row("popf", writes=(), ends=True)
 def popf(i: Insn) -> None:
+    _vm86_is_pythons(i)
     h, n = i.h, _size(i)
     image = h.peek(n).zext(64)
     h.drop(n // 8)
@@ -84,11 +96,13 @@ def write_flags_by_privilege(i: Insn, image: Value, bits: int) -> None:
 
 
 def set_step_mode(i: Insn, image: Value) -> None:
-    """TF selects one-instruction blocks; the bit in `mode` stays set until Python sees that nothing
-    needs it.
+    """TF selects one-instruction blocks, from Python; the bit in `mode` stays set until that sees
+    that nothing needs it.
     """
     step = (image >> 8) & 1
     i.h.set("mode", i.h.get("mode") | (step << 7))
+    with i.h.If(step.ne(0)):
+        i.h.field("exit_request").store(i.h.const(1, 32), volatile=True)
 
 
 @row("leave")
@@ -170,8 +184,10 @@ def interrupt_flag(i: Insn, name: str) -> None:
     one.
     """
     h = i.h
-    h.raise_if(h.cpl().ugt((h.get("flags") >> 12) & 3), GP, 0)
     flags = h.get("flags")
+    with h.If(h.cpl().ugt((flags >> 12) & 3)):
+        h.raise_if((h.get("cr4") & VME_OR_PVI).eq(0), GP, 0)
+        h.leave(Exit.ASSIST)
     if name == "cli":
         h.set("flags", flags & ~int(Flag.IF))
         return

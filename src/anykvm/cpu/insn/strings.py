@@ -10,7 +10,7 @@ from anykvm.cpu.forms import Insn, row
 from anykvm.cpu.guest import R_SEG, TLB_READ, TLB_WRITE
 from anykvm.cpu.insn.integer import RAX, RCX, RDI, RSI, read_gpr, write_gpr
 from anykvm.cpu.ir import LoopScope, Value
-from anykvm.cpu.state import Exit, Seg
+from anykvm.cpu.state import Exit, Mode, Seg
 
 POLL_EVERY = 1024  # turns
 
@@ -80,16 +80,17 @@ def repeat(
         body(s)
         return
     s.cut_registers(RCX, *moving)
-    turns = h.var(h.const(POLL_EVERY, 64))
+    turns = h.var(_turns(s))
     with h.Loop() as loop:
         loop.break_if(read_gpr(i, RCX, s.address_bits).eq(0))
         if bulk:
-            bulk(s, loop)
+            with h.If(turns.get().ne(1)):
+                bulk(s, loop)
         body(s)
-        s.count_down()
+        left = s.count_down()
         h.set("replay_count", 0)
         turns.set(turns.get() - 1)
-        with h.If(turns.get().eq(0)):
+        with h.If(turns.get().eq(0) & left.ne(0)):
             _leave_if_asked(i)
             turns.set(POLL_EVERY)
 
@@ -106,7 +107,7 @@ def repeat_compare(i: Insn, pair: Callable[[Strings], tuple[Value, Value]]) -> N
         h.flags.sub(a, b, a - b)
         return
     s.cut_registers(RCX)
-    turns = h.var(h.const(POLL_EVERY, 64))
+    turns = h.var(_turns(s))
     with h.If(read_gpr(i, RCX, s.address_bits).ne(0)):
         last = h.local(f"i{s.n}"), h.local(f"i{s.n}")
         with h.Loop() as loop:
@@ -124,9 +125,17 @@ def repeat_compare(i: Insn, pair: Callable[[Strings], tuple[Value, Value]]) -> N
         h.flags.sub(a, b, a - b)
 
 
+def _turns(s: Strings) -> Value:
+    """How many turns until somebody may want to stop: one where instructions are executed alone."""
+    alone = (s.h.get("mode") & int(Mode.STEP)).ne(0)
+    return alone.select(s.h.const(1, 64), s.h.const(POLL_EVERY, 64))
+
+
 def _leave_if_asked(i: Insn) -> None:
+    """Between two turns, where what held interrupts off before the first is over."""
     request = i.h.field("exit_request").load("i32", volatile=True, align=4)
     with i.h.If(request.ne(0)):
+        i.h.set("shadow", 0)
         i.h.leave(Exit.REQUEST)
 
 
@@ -164,9 +173,10 @@ def _move_bulk(s: Strings, loop: LoopScope) -> None:
         from_, to = h.cached(source, TLB_READ), h.cached(target, TLB_WRITE)
         apart = (to - from_).uge(nbytes)
         with h.If(length.ugt(1) & from_.ne(0) & to.ne(0) & apart):
-            h.intrinsic(
-                "llvm.memmove.p0.p0.i64", "void", to.to_ptr(), from_.to_ptr(), nbytes, h.true()
-            )
+            with h.exposed():
+                h.intrinsic(
+                    "llvm.memmove.p0.p0.i64", "void", to.to_ptr(), from_.to_ptr(), nbytes, h.true()
+                )
             _advance(s, length, RSI, RDI)
             loop.continue_()
 
@@ -182,7 +192,8 @@ def _store_bulk(s: Strings, loop: LoopScope) -> None:
             at = h.var(to)
             end = to + length * s.size
             with h.Loop() as inner:
-                at.get().to_ptr().store(value)
+                with h.exposed():
+                    at.get().to_ptr().store(value)
                 at.set(at.get() + s.size)
                 inner.break_if(at.get().eq(end))
             _advance(s, length, RDI)

@@ -18,6 +18,7 @@ USER_SS_ATTR, USER_CS_ATTR = 0xC0F3, 0xA0FB  # flat ring-3 segments as SYSRET se
 KERNEL_SS_ATTR, KERNEL_CS_ATTR = 0xC093, 0xA09B
 COMPAT_CS_ATTR = 0xC0FB
 LIMIT = 0xFFFF_FFFF
+DR6_BS = 1 << 14
 RFLAGS_IRET = 0x3F7FD7  # what IRET at CPL 0 loads: all but the reserved bits (VM is checked apart)
 
 
@@ -41,6 +42,25 @@ def cpuid(i: Insn) -> None:
 def msr(i: Insn, name: str) -> None:
     i.h.require_cpl0()
     i.h.leave(Exit.RDMSR if name == "rdmsr" else Exit.WRMSR)
+
+
+@row("vmcall", "vmmcall", writes=(), ends=True)
+def hypercall(i: Insn, name: str) -> None:
+    """At any privilege; which of the two this processor has is the caller's to say."""
+    i.h.leave(Exit.VMCALL if name == "vmcall" else Exit.VMMCALL)
+
+
+@row("rsm", writes=(), ends=True)
+def rsm(i: Insn) -> None:
+    """Whether the processor is in system management mode is the caller's to say."""
+    i.h.leave(Exit.RSM)
+
+
+@row("monitor", "mwait", writes=(), ends=True)
+def monitor(i: Insn, name: str) -> None:
+    h = i.h
+    h.raise_if(h.cpl().ne(0), UD)
+    h.leave(Exit.MONITOR if name == "monitor" else Exit.MWAIT)
 
 
 @row("in", "out", writes=(), ends=True)
@@ -111,6 +131,16 @@ def _set_rflags(i: Insn, image: Value) -> None:
     h.set("mode", h.get("mode") | (((image >> 8) & 1) << 7))
 
 
+def _trace_after(h: Handler) -> None:
+    """SYSCALL and SYSRET: a single step is due if RFLAGS.TF is set after them, so that FMASK can
+    keep it out of the kernel.
+    """
+    h.set("untraced", 1)
+    with h.If((h.get("flags") & int(Flag.TF)).ne(0)):
+        h.set("debug_hit", h.get("debug_hit") | DR6_BS)
+        h.field("exit_request").store(h.const(1, 32), volatile=True)
+
+
 @row("syscall", writes=(), ends=True)
 def syscall(i: Insn) -> None:
     """From 64-bit mode; compatibility mode on an Intel model raises #UD."""
@@ -126,6 +156,7 @@ def syscall(i: Insn) -> None:
     _set_rflags(i, flags & ~(h.get("fmask") | int(Flag.RF)))
     _set_segment(h, CS, selector, KERNEL_CS_ATTR)
     _set_segment(h, SS, selector + 8, KERNEL_SS_ATTR)
+    _trace_after(h)
     h.go_to_rip(h.get("lstar"), tlb=h.supervisor_tlb())
 
 
@@ -149,6 +180,7 @@ def sysret(i: Insn) -> None:
     _set_segment(h, SS, (base + 8) | 3, USER_SS_ATTR)
     if not wide:
         h.set("mode", (h.get("mode") & ~2) | 1 | 4)
+    _trace_after(h)
     h.enabling_interrupts()
     h.go_to_rip(target, tlb=h.user_tlb())
 
@@ -164,7 +196,8 @@ def _descriptor(h: Handler, selector: Value) -> Value:
     )
     with h.If(found.eq(0)):
         h.leave(Exit.ASSIST)
-    return found.load("i64", volatile=True)
+    with h.exposed():
+        return found.load("i64", volatile=True)
 
 
 def _attr(descriptor: Value) -> Value:
@@ -221,6 +254,7 @@ def iret(i: Insn) -> None:
     h.set(f"seg[{SS}].limit", LIMIT)
     h.set("gpr[4]", rsp)
     h.set("nmi_blocked", 0)
+    h.set("resume_rip", rip)
     h.enabling_interrupts()
     tlb = outward.select(h.user_tlb(), h.supervisor_tlb())
     h.go_to_rip(rip, tlb=tlb)
@@ -233,9 +267,12 @@ def software_interrupt(i: Insn) -> None:
     vector = h.immediate(64) & 0xFF
     h.set("exc_has_error", 0)
     h.set("rip", h.next_rip())
+    h.resume_at(h.pc.to_int(), h.icount)
     done = h.entry("deliver").call("i1", h.cpu, vector, h.const(SOFTWARE, 64))
+    h.resumed()
     with h.If(done ^ 1):
         h.leave(Exit.ASSIST)
+    h.set("untraced", 1)
     h.tail(h.entry("lookup"), h.pc, h.icount + h.count(), h.supervisor_tlb())
 
 
