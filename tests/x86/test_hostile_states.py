@@ -157,3 +157,16 @@ def test_a_vcpu_that_is_halted_in_the_middle_of_an_instruction():
         vcpu.set_mp_state(uapi.KVM_MP_STATE_HALTED)
         vcpu.kvm_run.immediate_exit = 1
         assert vcpu.run() == uapi.KVM_EXIT_INTR
+
+
+def test_x87_flags_that_are_unmasked_but_not_summed_up():
+    """FPREM runs on the host's own unit, where such a status would have raised SIGFPE."""
+    with real_guest() as guest:
+        guest.memory.write(16 * 4, (CODE + 0x100).to_bytes(4, "little"))  # the vector of #MF
+        vcpu = guest.vcpu(b"\xd9\xf8\xf4".ljust(0x100, b"\x90") + b"\xf4")
+        fpu = vcpu.get_fpu()
+        fpu.fcw, fpu.fsw, fpu.ftwx = 0x340, 0x01, 0xFF
+        vcpu.set_fpu(fpu)
+        assert vcpu.get_fpu().fsw == 0x8081
+        assert vcpu.run() == uapi.KVM_EXIT_HLT
+        assert vcpu.get_regs().rip == CODE + 0x101

@@ -20,6 +20,7 @@ from anykvm.x86.kvm_host import VcpuX86
 from anykvm.x86.reset import FCW_INIT, MXCSR_INIT
 from anykvm.x86.tables import vcpu_ioctls
 
+FSW_FLAGS, FSW_SUMMARY = 0x3F, 0x8080  # the six exceptions; ES and B
 FXSAVE_HEADER = struct.Struct("<HHBxHQQII")
 FXSAVE_SIZE, XMM_OFFSET = 512, 160
 XSAVE_HEADER_OFFSET, YMM_OFFSET = 512, 576
@@ -58,9 +59,16 @@ def _get_stack(state: State) -> list[bytes]:
     return [bytes(state.st[_top(state) + i & 7][:10]).ljust(16, b"\0") for i in range(8)]
 
 
+def _summarized(fsw: int, fcw: int) -> int:
+    """A status word whose ES and B say whether its flags are unmasked, as the unit keeps them."""
+    pending = fsw & ~fcw & FSW_FLAGS
+    return fsw & ~FSW_SUMMARY | (FSW_SUMMARY if pending else 0)
+
+
 def _set_x87(state: State, control: tuple[int, ...], stack: list[bytes]) -> None:
     """`control` is FCW, FSW, abridged tag, opcode, instruction and data pointer."""
-    state.fpu_cw, state.fpu_sw, abridged, state.fpu_op, state.fpu_ip, state.fpu_dp = control
+    fcw, fsw, abridged, state.fpu_op, state.fpu_ip, state.fpu_dp = control
+    state.fpu_cw, state.fpu_sw = fcw, _summarized(fsw, fcw)
     for i, register in enumerate(stack):
         memmove(state.st[_top(state) + i & 7], register[:10].ljust(16, b"\0"), 16)
     state.fpu_tag = full_tag(state, abridged)
