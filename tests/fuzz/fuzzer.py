@@ -195,7 +195,8 @@ class Caller:
         )
         allowed = (errno.EBADF, errno.EINVAL, errno.ENODEV, errno.ESPIPE, errno.ENOTTY)
         more = (errno.EPERM, errno.EACCES, errno.EFAULT, errno.ENXIO, errno.EIO, errno.E2BIG)
-        self._expect("other", (*allowed, *more, errno.ENOSYS), self.r.choice(calls))
+        gone = errno.ENOENT  # of /proc, for a descriptor closed meanwhile
+        self._expect("other", (*allowed, *more, gone, errno.ENOSYS), self.r.choice(calls))
 
     def _compat_ioctl(self, fd: int) -> None:
         number = random_number(self.r)

@@ -34,7 +34,13 @@ LONGEST_RUN = 120.0
 APIC_TMCCT, APIC_IRR = slice(0x390, 0x394), 0x200
 TIMER_PINS = (0, 2)  # of the I/O APIC, by KVM's usual routes and by a PC's
 HV_X64_MSR_VP_RUNTIME, HV_X64_MSR_TIME_REF_COUNT = 0x40000010, 0x40000020
-RUNNING_MSRS = (MSR_IA32_TSC, HV_X64_MSR_VP_RUNTIME, HV_X64_MSR_TIME_REF_COUNT)
+HV_X64_MSR_TSC_FREQUENCY = 0x40000022  # measured anew by each process
+RUNNING_MSRS = (
+    MSR_IA32_TSC,
+    HV_X64_MSR_VP_RUNTIME,
+    HV_X64_MSR_TIME_REF_COUNT,
+    HV_X64_MSR_TSC_FREQUENCY,
+)
 Parts = dict[str, bytes | dict[int, int]]
 ROUND = re.compile(rb"round (\d+)\r?\n")
 
