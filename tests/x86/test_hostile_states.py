@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from functools import cache
 
 import pytest
 
+from anykvm import fs
 from anykvm.api import Kvm
 from anykvm.cpu import engine
 from anykvm.uapi import kvm as uapi
@@ -18,6 +20,12 @@ from .real_guest import CODE, real_guest
 
 FLAT_CS = {"base": 0, "limit": 0xFFFFFFFF, "db": 1, "g": 1, "type": 11, "s": 1, "present": 1}
 MMIO = 0x100000
+PAGE = 4096
+
+
+def _make_unreadable(memory: fs.Mapping) -> None:
+    libc = ctypes.CDLL(None)
+    assert libc.mprotect(ctypes.c_void_p(memory.address), ctypes.c_size_t(len(memory)), 0) == 0
 
 
 def test_an_nmi_whose_vector_table_is_mmio_before_anything_was_executed():
@@ -170,3 +178,16 @@ def test_x87_flags_that_are_unmasked_but_not_summed_up():
         assert vcpu.get_fpu().fsw == 0x8081
         assert vcpu.run() == uapi.KVM_EXIT_HLT
         assert vcpu.get_regs().rip == CODE + 0x101
+
+
+def test_translating_by_page_tables_whose_memory_has_gone():
+    """The walk is made outside of KVM_RUN; what is missing must not end the process."""
+    with Kvm(backend="soft") as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        tables = fs.Mapping(PAGE, fs.PROT_READ, fs.MAP_PRIVATE | fs.MAP_ANONYMOUS)
+        vm.set_user_memory_region(0, 0, PAGE, tables.address)
+        sregs = vcpu.get_sregs()
+        sregs.cr0 |= 1 | 1 << 31
+        sregs.cr3 = 0
+        vcpu.set_sregs(sregs)
+        _make_unreadable(tables)
+        assert not vcpu.translate(0x400000).valid

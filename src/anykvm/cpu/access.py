@@ -310,7 +310,18 @@ def copy_in() -> Routine:
     return f
 
 
+def look() -> Routine:
+    """look(va): `walk` for a read by a supervisor, from outside of native code."""
+    f = Routine("look", "i64", ("va", "i64"))
+    f.resume_at(1, f.get("insn_count"))
+    found = f.call("@walk", "i64", f.cpu, f["va"], f.const(0, 64))
+    f.resumed()
+    f.ret(found)
+    return f
+
+
 ROUTINES = (
+    look,
     probe_read,
     probe_read_inside,
     fetch,

@@ -44,7 +44,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 # Those that touch guest memory, and what they give besides 0
 GUARDED: dict[str, type] = {
     "inject": ctypes.c_bool,
-    "walk": U64,
+    "look": U64,
     "fetch_page": U64,
     "probe_write": U64,
     "fetch": ctypes.c_bool,

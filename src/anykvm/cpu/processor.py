@@ -663,7 +663,7 @@ class Cpu:
         if not s.efer & EFER_LMA:
             va &= 0xFFFF_FFFF
         with self.engine.gate.passed():  # no slot is half changed
-            found = self._call["walk"](self.address, va, 0)
+            found = self._call["look"](self.address, va)
         return found & mmu.ADDRESS_MASK | va & 0xFFF if found else None
 
     def complete_cpuid(self, eax: int, ebx: int, ecx: int, edx: int) -> None:
