@@ -260,7 +260,7 @@ def test_the_numbers_of_tracing_are_refused(kvm: int) -> None:
 @differs(
     linux=True,
     anykvm=False,
-    why="What is not built in: asynchronous page faults, nested virtualization, memory encryption.",
+    why="What is not built in: asynchronous page faults, memory encryption.",
 )
 @host_may_differ("they depend on the processor and the kernel's configuration")
 @pytest.mark.parametrize(
@@ -268,7 +268,6 @@ def test_the_numbers_of_tracing_are_refused(kvm: int) -> None:
     [
         uapi.KVM_CAP_ASYNC_PF,
         uapi.KVM_CAP_ASYNC_PF_INT,
-        uapi.KVM_CAP_NESTED_STATE,
         uapi.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM,
         uapi.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM,
     ],

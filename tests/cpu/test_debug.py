@@ -5,7 +5,7 @@ A row's text has labels; the trap must come at `1:`, which is where RIP then sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -205,19 +205,19 @@ def test_a_faulting_instruction_does_not_trap(armed: Armed) -> None:
 def test_a_breakpoint_costs_nothing_elsewhere(armed: Armed) -> None:
     """Only the watched page is out of the TLB: a loop on another one stays in native code."""
     runs = 0
-    original = armed.cpu._enter
+    original = armed.cpu.enter
 
-    def counting() -> None:
+    def counting(native: Callable[..., int], *arguments: int) -> int:
         nonlocal runs
         runs += 1
-        original()
+        return original(native, *arguments)
 
-    armed.cpu._enter = counting  # type: ignore[method-assign]
+    armed.cpu.enter = counting  # type: ignore[method-assign]
     try:
         text = "2: mov [rbx + rcx], al; dec ecx; jnz 2b"
         result, _ = armed.run(text, {0: AT}, dr7(0, WRITE), rbx=SCRATCH + 0x1000, rcx=4000)
     finally:
-        del armed.cpu._enter
+        del armed.cpu.enter
     assert result.vector is None
     assert runs < 20
 

@@ -27,7 +27,8 @@ KVM_GET_REGS, KVM_SET_REGS = 0x8090AE81, 0x4090AE82
 KVM_GET_SREGS, KVM_SET_SREGS = 0x8138AE83, 0x4138AE84
 KVM_SET_SIGNAL_MASK, KVM_IOEVENTFD, KVM_IRQFD = 0x4004AE8B, 0x4040AE79, 0x4020AE76
 KVM_EXIT_IO, KVM_EXIT_HLT, KVM_EXIT_INTR = 2, 5, 10
-KVM_CAP_IRQFD = 32
+KVM_CAP_IRQFD, KVM_CAP_IMMEDIATE_EXIT = 32, 136
+SA_RESTART = 0x10000000
 IMMEDIATE_EXIT, EXIT_REASON, UNION = 1, 8, 32
 
 CODE = 0x1000
@@ -186,6 +187,12 @@ def descriptors() -> object:
     }
 
 
+def versions(number: str) -> object:
+    """What a number that is a descriptor's as well, of ours or theirs, comes back as."""
+    fds = [os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC) for _ in range(int(number))]
+    return sorted({libc.ioctl(fd, KVM_GET_API_VERSION, 0) for fd in fds})
+
+
 def kicks(restart: str, number: str) -> object:
     """Kicks of a spinning vCPU by immediate_exit and a signal: each must end its KVM_RUN."""
     machine = Machine(SPIN)
@@ -251,6 +258,46 @@ def nothing_lost(seconds: str) -> object:
         expected += 1
     signal.setitimer(signal.ITIMER_REAL, 0)
     return {"exits": expected, "interrupted": interrupted, "stale": stale, "wrong": wrong}
+
+
+def handler_flags() -> object:
+    """SA_RESTART of handlers that were installed without: who kicks, who asked, who did not."""
+
+    def restarts(number: int) -> bool:
+        signal.signal(number, lambda *_: None)
+        signal.siginterrupt(number, True)
+        found = ctypes.create_string_buffer(512)
+        assert libc.sigaction(number, None, found) == 0
+        return bool(struct.unpack_from("=i", found, 136)[0] & SA_RESTART)
+
+    before = restarts(signal.SIGUSR1)
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    opened = restarts(signal.SIGUSR1)
+    ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_IMMEDIATE_EXIT)
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN, signal.SIGRTMAX, signal.SIGALRM)
+    return {"before": before, "opened": opened, "after": [restarts(n) for n in numbers]}
+
+
+def calls_under_kicks(number: str) -> object:
+    """Calls other than KVM_RUN while signals arrive: in the kernel none of them ends by one."""
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_IMMEDIATE_EXIT)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.siginterrupt(signal.SIGUSR1, True)
+    over, results = threading.Event(), set()
+
+    def caller() -> None:
+        while not over.is_set():
+            results.add(libc.ioctl(kvm, KVM_GET_API_VERSION, 0))
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    for _ in range(int(number)):
+        time.sleep(0.0005)
+        signal.pthread_kill(thread.ident, signal.SIGUSR1)
+    over.set()
+    thread.join(5)
+    return sorted(results)
 
 
 def signal_mask() -> object:

@@ -60,6 +60,10 @@ def test_descriptors_are_duplicated_passed_and_inherited():
     }
 
 
+def test_a_result_is_not_taken_for_a_descriptor():
+    assert client("versions", "24") == [12]
+
+
 @pytest.mark.parametrize("restart", ["0", "1"])
 def test_no_kick_is_lost(restart):
     assert client("kicks", restart, "300") == {"errors": [], "late": []}
@@ -88,6 +92,16 @@ def test_no_exit_is_lost_or_seen_twice():
     assert said["wrong"] == []
     assert said["interrupted"] > 20
     assert said["exits"] > 100
+
+
+def test_handlers_of_kicks_restart_calls():
+    """Only in a client that ends KVM_RUN by immediate_exit."""
+    after = [True, True, True, True, False]
+    assert client("handler_flags") == {"before": False, "opened": False, "after": after}
+
+
+def test_signals_end_no_call_but_kvm_run():
+    assert client("calls_under_kicks", "500") == [12]
 
 
 def test_signal_mask():

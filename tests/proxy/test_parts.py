@@ -6,6 +6,7 @@ import ctypes
 import json
 import mmap
 import os
+import signal
 import stat
 import struct
 
@@ -64,6 +65,12 @@ SENT, RUN = abi.SECCOMP_RET_USER_NOTIF, abi.SECCOMP_RET_ALLOW
         (abi.SYS_ACCESS, (1, 4), RUN, SENT),
         (abi.SYS_READLINKAT, (AT_FDCWD, 1, 1, 100), RUN, SENT),
         (abi.SYS_READ, (0, 1, 1), RUN, RUN),
+        (abi.SYS_RT_SIGACTION, (signal.SIGUSR1, 1), SENT, SENT),
+        (abi.SYS_RT_SIGACTION, (signal.SIGUSR2, 1 << 32), SENT, SENT),
+        (abi.SYS_RT_SIGACTION, (signal.SIGRTMAX, 1), SENT, SENT),
+        (abi.SYS_RT_SIGACTION, (signal.SIGUSR1, 0), RUN, RUN),
+        (abi.SYS_RT_SIGACTION, (signal.SIGINT, 1), RUN, RUN),
+        (abi.SYS_RT_SIGACTION, (signal.SIGRTMIN - 1, 1), RUN, RUN),
         (abi.SYS_MMAP, (0, 1), RUN, RUN),
         (abi.SYS_MMAP, (0, 1, 1, 2, 5, bpf.RING_FIRST), SENT, SENT),
         (abi.SYS_MMAP, (0, 1, 5, 1, 5, bpf.RING_FIRST), SENT, SENT),

@@ -16,6 +16,7 @@ from typing import Any
 from anykvm.cpu.debug import DebugExit, Debugger
 from anykvm.cpu.flags import read_rflags, write_rflags
 from anykvm.cpu.state import Exit, State
+from anykvm.cpu.svm import SvmUnit
 
 IF = 1 << 9
 TICK_SECONDS = 0.005
@@ -65,8 +66,18 @@ class FakeCpu:
     host: Callable[[int], int | None] = lambda _: None  # of a guest-physical address
     _asked: threading.Event = field(default_factory=threading.Event)
 
+    native_run: int = 0
+
     def __post_init__(self) -> None:
         self.debug = FakeDebugUnit(self.log)
+        self.svm = SvmUnit(self)  # type: ignore[arg-type]
+
+    def busy(self) -> bool:
+        """So that nothing takes the short way into native code."""
+        return True
+
+    def string_io(self) -> bool:
+        return True
 
     @property
     def rflags(self) -> int:
@@ -122,7 +133,12 @@ class FakeCpu:
         self.log.append(("nmi",))
 
     def inject_exception(
-        self, vector: int, error_code: int | None = None, cr2: int | None = None
+        self,
+        vector: int,
+        error_code: int | None = None,
+        cr2: int | None = None,
+        *,
+        injected: bool = False,
     ) -> None:
         self.log.append(("exception", vector, error_code))
 

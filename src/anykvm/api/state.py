@@ -89,6 +89,7 @@ class Context:
     xsave_size: int
     sregs2: bool
     irqchip: bool
+    nested_size: int  # of the largest nested state, 0 without nested virtualization
 
     @classmethod
     def of(cls, kvm: Kvm, vm: Vm, irqchip: bool) -> Context:
@@ -98,7 +99,8 @@ class Context:
             size = XSAVE_SIZE
         sregs2 = kvm.check_extension(abi.KVM_CAP_SREGS2) > 0
         indices = dict.fromkeys((*listed, *UNLISTED_MSRS))
-        return cls(tuple(indices), size, sregs2, irqchip)
+        nested = vm.check_extension(abi.KVM_CAP_NESTED_STATE)
+        return cls(tuple(indices), size, sregs2, irqchip, nested)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,15 @@ def _struct(
 def _get_xsave(vcpu: Vcpu, context: Context) -> bytes:
     get = abi.KVM_GET_XSAVE if context.xsave_size == XSAVE_SIZE else abi.KVM_GET_XSAVE2
     return _read(vcpu, get, context.xsave_size)
+
+
+def _get_nested(vcpu: Vcpu, context: Context) -> bytes:
+    """As long as its header says."""
+    area = (ctypes.c_ubyte * context.nested_size)()
+    header = abi.kvm_nested_state.from_buffer(area)
+    header.size = context.nested_size
+    vcpu.ioctl(abi.KVM_GET_NESTED_STATE, area)
+    return bytes(area)[: header.size]
 
 
 def _get_cpuid(vcpu: Vcpu, context: Context) -> bytes:
@@ -229,6 +240,12 @@ VCPU_PARTS = (
     ),
     Part("msrs", _get_msrs, _set_msrs),
     _struct("events", abi.KVM_GET_VCPU_EVENTS, abi.KVM_SET_VCPU_EVENTS, abi.kvm_vcpu_events),
+    Part(  # the registers above are then those of the guest's guest
+        "nested",
+        _get_nested,
+        lambda vcpu, data: _write(vcpu, abi.KVM_SET_NESTED_STATE, data),
+        lambda c: c.nested_size > 0,
+    ),
     _struct("mp_state", abi.KVM_GET_MP_STATE, abi.KVM_SET_MP_STATE, abi.kvm_mp_state),
 )
 # An INIT or a SIPI that has arrived is acted on when MP_STATE is asked for, and changes registers.

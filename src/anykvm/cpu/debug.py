@@ -81,6 +81,9 @@ class DebugUnit:
     def changed(self) -> None:
         """The debug registers, or which of them are in force, changed."""
         s, dr7 = self.cpu.state, self.dr7
+        if not dr7 & DR7_ENABLED and not s.watch_kinds:  # nor was any
+            self.drop_stale_rf()
+            return
         addresses = (self.debugger.registers or s.dr)[:WATCHES]
         all_kinds = 0
         for n, address in enumerate(addresses):

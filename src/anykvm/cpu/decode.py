@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from iced_x86 import Code, Instruction, MemorySizeExt, Mnemonic, OpKind, Register
 
-from anykvm.cpu.forms import ROWS, Form
+from anykvm.cpu.forms import INTERCEPTED, ROWS, Form
 from anykvm.cpu.state import ZERO, Mode, Seg, offset_of
 
 
@@ -236,7 +236,7 @@ def _string(i: Instruction, name: str, code64: bool) -> tuple[str, Operands, lis
     return name[:4], o, attrs
 
 
-def _sizes(i: Instruction, name: str, mode: Mode) -> list[str]:
+def _sizes(i: Instruction, name: str, mode: int) -> list[str]:
     """Operand, stack and address size, where no operand tells them."""
     attrs = []
     code64 = bool(mode & Mode.CODE64)
@@ -308,7 +308,7 @@ def _with_x87_opcode(fields: bytes, raw: bytes) -> bytes:
 class FormDecoder:
     """Decodes for one mode (code size and what instructions are enabled)."""
 
-    def __init__(self, mode: Mode, special: Callable[[str, Mode, bool], str | None]) -> None:
+    def __init__(self, mode: int, special: Callable[[str, int, bool], str | None]) -> None:
         self.mode = mode
         self.code64 = bool(mode & Mode.CODE64)
         self.bits = 64 if self.code64 else 32 if mode & Mode.CODE32 else 16
@@ -368,4 +368,6 @@ class FormDecoder:
             if not o.memory or not (ROWS[name].lockable or name == "xchg"):
                 return Form("ud2"), Operands()
             attrs.append("lock")
+        if self.mode & Mode.GUEST and name in INTERCEPTED:
+            attrs.append("guest")
         return Form(name, tuple(o.specs), tuple(attrs)), o

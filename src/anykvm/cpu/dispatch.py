@@ -39,6 +39,7 @@ from anykvm.cpu.watch import EXECUTE
 
 BLOCK_ENTRY = 48  # rip, host page, mode, record, second host page, CodePage
 MASKED = 0x1F80  # MXCSR's mask bits
+EXCEPTIONS = 2  # the word of State.intercepts
 
 CS, SS, TR = int(Seg.CS), int(Seg.SS), int(Seg.TR)
 KERNEL_CODE = 0x209B  # P, S, L, code, accessed; D clear
@@ -222,6 +223,10 @@ def trouble() -> Handler:
         h.ret()
     h.add_to("count_exception", 1)
     vector = h.get("exc_vector")
+    intercepted = (h.get(f"intercepts[{EXCEPTIONS}]") >> (vector & 31)) & 1
+    with h.If(intercepted.ne(0)):  # by SVM's L1
+        h.set("exit_kind", int(Exit.DELIVER))
+        h.ret()
     with h.If(vector.eq(PF)):
         h.add_to("count_page_fault", 1)
         h.set("cr2", h.get("exc_cr2"))

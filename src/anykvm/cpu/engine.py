@@ -7,13 +7,12 @@ This is the room's face to the room that drives it (x86): `Engine`, `Cpu`, `Exit
 from __future__ import annotations
 
 import ctypes
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from anykvm.cpu import access, dirty, dispatch, extable, fpu_image, mmu, mxcsr, watch
+from anykvm.cpu import access, dirty, dispatch, extable, fpu_image, mmu, mxcsr, nested, watch
 from anykvm.cpu.extable import FaultTable
 from anykvm.cpu.guest import ENTRIES
 from anykvm.cpu.handlers import Handlers
@@ -45,6 +44,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 GUARDED: dict[str, type] = {
     "inject": ctypes.c_bool,
     "look": U64,
+    "nested_look": U64,
     "fetch_page": U64,
     "probe_write": U64,
     "fetch": ctypes.c_bool,
@@ -58,7 +58,7 @@ class Runtime:
     """What the engines of a process share: native routines, handlers, units made before."""
 
     def __init__(self) -> None:
-        rooms = (mmu, dirty, access, watch, dispatch, fpu_image, mxcsr, extable)
+        rooms = (mmu, nested, dirty, access, watch, dispatch, fpu_image, mxcsr, extable)
         routines = [routine for room in rooms for routine in room.ROUTINES]
         names = [r.__name__ for r in routines]
 
@@ -135,17 +135,9 @@ class Gate:
             with self._change:
                 self._change.notify_all()
 
-    @contextmanager
-    def passed(self) -> Iterator[None]:
+    def passed(self) -> Passage:
         """Inside, or in a thread that keeps the others out. Not twice in one thread."""
-        if threading.get_ident() == self._holder:
-            yield
-            return
-        self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
+        return Passage(self, threading.get_ident() == self._holder)
 
     @contextmanager
     def shut(self, kick: Callable[[], None]) -> Iterator[None]:
@@ -168,6 +160,21 @@ class Gate:
                     self._change.notify_all()
 
 
+class Passage:
+    """The inside of a gate, for a `with`; whoever holds the gate need not pass it."""
+
+    def __init__(self, gate: Gate, held: bool) -> None:
+        self._gate, self._held = gate, held
+
+    def __enter__(self) -> None:
+        if not self._held:
+            self._gate.enter()
+
+    def __exit__(self, *error: object) -> None:
+        if not self._held:
+            self._gate.leave()
+
+
 class Engine:
     """Guest memory and translations of one VM. Methods may be called from any thread."""
 
@@ -178,11 +185,6 @@ class Engine:
         self.memory = self.spaces[0]
         self.gate = Gate()
         self.cpus: list[Cpu] = []
-        self._stays = itertools.count(1)
-
-    def next_stay(self) -> int:
-        """A number for a stay in the guest, different from all before."""
-        return next(self._stays)
 
     def create_cpu(self, index: int, *, ticks: bool = False) -> Cpu:
         """A vCPU; with `ticks` its `run` returns REQUEST every few milliseconds at least."""

@@ -10,15 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from anykvm.cpu import segments
-from anykvm.cpu.faults import GuestFault, Leave, Shutdown
+from anykvm.cpu.faults import GuestFault, Leave, VmExit
 from anykvm.cpu.guest import DE, DF, GP, NP, PF, SS, TS
 from anykvm.cpu.segments import Descriptor
 from anykvm.cpu.state import Flag, Mode, Seg
+from anykvm.cpu.vmcb import TASK_HAS_ERROR, EventType, SvmExit, event
 
 if TYPE_CHECKING:
     from anykvm.cpu.processor import Cpu
 
 CONTRIBUTORY = frozenset((DE, TS, NP, SS, GP))
+BENIGN = -1  # an event that is no exception
 INTERRUPT_GATES = {
     0xE: 4,
     0xF: 4,
@@ -38,42 +40,58 @@ def deliver(
     fault: bool,
     software: bool = False,
     rip: int | None = None,
+    kind: EventType = EventType.EXCEPTION,
 ) -> None:
     """Delivers an event. `software` is INT n, whose gate's DPL counts; `rip` is what to push where
-    not the current one.
+    not the current one; `kind` is for EXITINTINFO, should L1 intercept what happens on the way.
 
     Faults on the way are delivered instead, as a double fault where the manual says so. Raises
-    Shutdown.
+    Shutdown and VmExit.
     """
     cpu.debug.delivering()
     while True:
         saved = _snapshot(cpu)
+        # An exception in L2 is no external event (on AMD's processors never).
+        inside = software or (cpu.svm.guest_mode and kind is EventType.EXCEPTION)
         try:
-            _deliver_once(cpu, vector, error, fault=fault, software=software, rip=rip)
+            _deliver_once(
+                cpu, vector, error, fault=fault, software=software, rip=rip, external=not inside
+            )
             break
         except Leave:
             _restore(cpu, saved)
             raise
+        except VmExit as exit_:  # of nested paging, or a task gate
+            _restore(cpu, saved)
+            exit_.during = event(kind, vector, error)
+            if exit_.code == SvmExit.TASK_SWITCH and error is not None:
+                exit_.info_2 = error | TASK_HAS_ERROR
+            raise
         except GuestFault as next_:
             _restore(cpu, saved)
+            during = event(kind, vector, error)
+            cpu.svm.check_fault(next_, during)
             if next_.cr2 is not None:
                 cpu.state.cr2 = next_.cr2
-            vector, error = _escalate(vector, next_, software=software)
-            fault, software, rip = True, False, None
+            exception = kind is EventType.EXCEPTION and not software
+            if exception and vector == DF:
+                cpu.svm.triple_fault(during)
+            vector, error = _escalate(vector if exception else BENIGN, next_, external=not inside)
+            if vector == DF:
+                cpu.svm.check_fault(GuestFault(DF, 0), during)
+            fault, software, rip, kind = True, False, None, EventType.EXCEPTION
     cpu.state.shadow = 0
     cpu.mode_changed()
     cpu.debug.retired()
 
 
-def _escalate(first: int, second: GuestFault, *, software: bool) -> tuple[int, int | None]:
+def _escalate(first: int, second: GuestFault, *, external: bool) -> tuple[int, int | None]:
     """What a fault during delivery becomes (SDM vol. 3, table 6-5)."""
-    if first == DF:
-        raise Shutdown
-    benign = software or first not in CONTRIBUTORY | {PF}
+    benign = first not in CONTRIBUTORY | {PF}
     both = second.vector in CONTRIBUTORY or (first == PF and second.vector == PF)
     if benign or not both or (first != PF and second.vector == PF):
-        external = 0 if software or second.error is None or second.vector == PF else EXT
-        return second.vector, None if second.error is None else second.error | external
+        bit = EXT if external and second.error is not None and second.vector != PF else 0
+        return second.vector, None if second.error is None else second.error | bit
     return DF, 0
 
 
@@ -95,15 +113,23 @@ def _restore(cpu: Cpu, saved: tuple[int, ...]) -> None:
 
 
 def _deliver_once(
-    cpu: Cpu, vector: int, error: int | None, *, fault: bool, software: bool, rip: int | None
+    cpu: Cpu,
+    vector: int,
+    error: int | None,
+    *,
+    fault: bool,
+    software: bool,
+    rip: int | None,
+    external: bool,
 ) -> None:
+    """`external`: error codes of faults on the way have EXT."""
     rip = cpu.state.rip if rip is None else rip
     if not cpu.state.cr0 & segments.CR0_PE:
         _real(cpu, vector, rip)
     elif cpu.state.mode & Mode.LONG:
-        _long(cpu, vector, error, rip, fault=fault, software=software)
+        _long(cpu, vector, error, rip, fault=fault, software=software, external=external)
     else:
-        _protected(cpu, vector, error, rip, fault=fault, software=software)
+        _protected(cpu, vector, error, rip, fault=fault, software=software, external=external)
 
 
 def _real(cpu: Cpu, vector: int, rip: int) -> None:
@@ -123,19 +149,18 @@ def _real(cpu: Cpu, vector: int, rip: int) -> None:
     s.seg[Seg.CS].selector, s.seg[Seg.CS].base = entry >> 16, (entry >> 16) << 4
 
 
-def _gate_error(vector: int, *, software: bool) -> int:
-    return vector * 8 | IDT | (0 if software else EXT)
-
-
-def _read_gate(cpu: Cpu, vector: int, size: int, *, software: bool) -> int:
+def _read_gate(cpu: Cpu, vector: int, size: int, *, software: bool, external: bool) -> int:
     s = cpu.state
-    error = _gate_error(vector, software=software)
+    error = vector * 8 | IDT | (EXT if external else 0)
     if vector * size + size - 1 > s.idt_limit:
-        raise GuestFault(GP, error & ~EXT | (error & EXT))
+        raise GuestFault(GP, error)
     gate = cpu.read_int(s.idt_base + vector * size, size, supervisor=True)
     kind = gate >> 40 & 0x1F
     known = {0xE, 0xF} if size == 16 else INTERRUPT_GATES
-    if kind not in known or (software and (gate >> 45 & 3) < cpu.cpl):
+    allowed = not software or (gate >> 45 & 3) >= cpu.cpl
+    if kind == segments.TASK_GATE and size == 8 and allowed and gate >> 47 & 1:
+        cpu.svm.check_task_switch(gate >> 16 & 0xFFFF)
+    if kind not in known or not allowed:
         raise GuestFault(GP, error)
     if not gate >> 47 & 1:
         raise GuestFault(NP, error)
@@ -168,14 +193,21 @@ def _clear_flags(cpu: Cpu, flags: int, *, interrupt_gate: bool) -> None:
 
 
 def _long(
-    cpu: Cpu, vector: int, error: int | None, rip: int, *, fault: bool, software: bool
+    cpu: Cpu,
+    vector: int,
+    error: int | None,
+    rip: int,
+    *,
+    fault: bool,
+    software: bool,
+    external: bool,
 ) -> None:
-    s, external = cpu.state, 0 if software else EXT
-    gate = _read_gate(cpu, vector, 16, software=software)
+    s, ext = cpu.state, EXT if external else 0
+    gate = _read_gate(cpu, vector, 16, software=software, external=external)
     selector = gate >> 16 & 0xFFFF
-    code = _target(cpu, selector, external)
+    code = _target(cpu, selector, ext)
     if not code.attr & segments.LONG or code.attr & segments.BIG:
-        raise GuestFault(GP, selector & 0xFFFC | external)
+        raise GuestFault(GP, selector & 0xFFFC | ext)
     cpl = cpu.cpl
     new = cpl if code.conforming else code.dpl
     ist = gate >> 32 & 7
@@ -218,13 +250,20 @@ def _tss_stack64(cpu: Cpu, offset: int) -> int:
 
 
 def _protected(
-    cpu: Cpu, vector: int, error: int | None, rip: int, *, fault: bool, software: bool
+    cpu: Cpu,
+    vector: int,
+    error: int | None,
+    rip: int,
+    *,
+    fault: bool,
+    software: bool,
+    external: bool,
 ) -> None:
-    s, external = cpu.state, 0 if software else EXT
-    gate = _read_gate(cpu, vector, 8, software=software)
+    s, ext = cpu.state, EXT if external else 0
+    gate = _read_gate(cpu, vector, 8, software=software, external=external)
     size = INTERRUPT_GATES[gate >> 40 & 0xF]
     selector = gate >> 16 & 0xFFFF
-    code = _target(cpu, selector, external)
+    code = _target(cpu, selector, ext)
     cpl = cpu.cpl
     new = cpl if code.conforming else code.dpl
     flags = cpu.rflags
@@ -236,9 +275,9 @@ def _protected(
         if flags & Flag.VM:
             outer = [s.seg[n].selector for n in (Seg.GS, Seg.FS, Seg.DS, Seg.ES)]
             frame = [*outer, *frame]
-        switch_stack(cpu, new, external)
+        switch_stack(cpu, new, ext)
     elif flags & Flag.VM:
-        raise GuestFault(GP, selector & 0xFFFC | external)
+        raise GuestFault(GP, selector & 0xFFFC | ext)
     _push_frame(cpu, frame, size)
     if flags & Flag.VM:
         for seg in (Seg.GS, Seg.FS, Seg.DS, Seg.ES):

@@ -21,5 +21,24 @@ class Leave(Exception):
         self.exit = exit_
 
 
+class VmExit(Exception):
+    """An exit of L2's that its hypervisor intercepts (svm.py): exit code, EXITINFO1 and EXITINFO2,
+    EXITINTINFO with its error code, and where the next instruction stands if one was intercepted.
+    """
+
+    def __init__(
+        self,
+        code: int,
+        info_1: int = 0,
+        info_2: int = 0,
+        *,
+        next_rip: int = 0,
+        during: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__(f"exit {code:#x}")
+        self.code, self.info_1, self.info_2 = code, info_1, info_2
+        self.next_rip, self.during = next_rip, during
+
+
 class Shutdown(Exception):
     """A triple fault."""

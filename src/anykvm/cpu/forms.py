@@ -19,7 +19,7 @@ text, `add m64i,r64 lock` is the form of `lock add [rax+rcx*8+16], rdx`. The ope
 
 Attributes: `lock`, `rep`, `repne`; `s32` and `s16` for the stack's width (64 where absent); `o16`,
 `o32`, `o64` where the operand size is not told by an operand; `a32`, `a16` likewise for addresses;
-`back` for a jump that polls.
+`back` for a jump that polls; `guest` for an instruction that SVM's guest mode may intercept.
 """
 
 from __future__ import annotations
@@ -44,8 +44,33 @@ from anykvm.cpu.guest import (
 )
 from anykvm.cpu.ir import Value
 from anykvm.cpu.state import Exit
+from anykvm.cpu.vmcb import SvmExit
 
 CACHE_LINE = 64
+# What has a handler and can be intercepted, by the exits (vmcb.py) that it may lead to; which of
+# them it does is for Python to find out.
+INTERCEPTED: dict[str, tuple[int, ...]] = {
+    "mov_from_cr": tuple(range(SvmExit.READ_CR0, SvmExit.READ_CR0 + 16)),
+    "mov_to_cr3": (SvmExit.WRITE_CR3,),
+    "rdtsc": (SvmExit.RDTSC,),
+    "rdtscp": (SvmExit.RDTSCP,),
+    "pushf": (SvmExit.PUSHF,),
+    "popf": (SvmExit.POPF,),
+    "cpuid": (SvmExit.CPUID,),
+    "rsm": (SvmExit.RSM,),
+    "iret": (SvmExit.IRET,),
+    "int": (SvmExit.SWINT,),
+    "pause": (SvmExit.PAUSE,),
+    "hlt": (SvmExit.HLT,),
+    "invlpg": (SvmExit.INVLPG,),
+    "in": (SvmExit.IOIO,),
+    "out": (SvmExit.IOIO,),
+    "rdmsr": (SvmExit.MSR,),
+    "wrmsr": (SvmExit.MSR,),
+    "vmmcall": (SvmExit.VMMCALL,),
+    "monitor": (SvmExit.MONITOR,),
+    "mwait": (SvmExit.MWAIT,),
+}
 
 
 class Form(NamedTuple):
@@ -376,6 +401,15 @@ def row(
     return declare
 
 
+def _leave_if_intercepted(insn: Insn) -> None:
+    """In guest mode, where L1 may want the instruction: Python decides."""
+    exits = INTERCEPTED[insn.form.name]
+    mask = sum(1 << (exit_ & 31) for exit_ in exits)
+    wanted = insn.h.get(f"intercepts[{exits[0] >> 5}]") & mask
+    with insn.h.If(wanted.ne(0)):
+        insn.h.leave(Exit.ASSIST)
+
+
 def build(form: Form) -> Handler:
     """The handler of a form."""
     described = ROWS[form.name]
@@ -383,6 +417,8 @@ def build(form: Form) -> Handler:
     for op in insn.ops:
         if isinstance(op, Memory) and op.bits == 128:
             op.alignment = described.alignment
+    if "guest" in form.attrs:
+        _leave_if_intercepted(insn)
     mmx = described.feature == "mmx" or "d" in form.operands
     if mmx:
         insn.require_no_x87_error()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from anykvm.cpu.forms import Form, build
 from anykvm.cpu.guest import Handler
@@ -33,11 +33,15 @@ class Handlers:
                 self._numbers[form] = number
             return number
 
-    def resolve(self, numbers: Iterable[int]) -> None:
-        """Compiles what has no address yet, as one batch."""
-        missing = {n for n in numbers if not self.addresses[n]}
-        if not missing:
-            return
+    def resolve(self, numbers: Sequence[int]) -> list[int]:
+        """Their addresses; compiles what has none yet, as one batch."""
+        addresses = [self.addresses[n] for n in numbers]
+        if 0 in addresses:
+            self._compile({n for n in numbers if not self.addresses[n]})
+            return [self.addresses[n] for n in numbers]
+        return addresses
+
+    def _compile(self, missing: set[int]) -> None:
         by_symbol = {self.forms[n].symbol: n for n in sorted(missing)}
 
         def make(names: list[str]) -> list[Handler]:
@@ -48,6 +52,4 @@ class Handlers:
             self.addresses[number] = address
 
     def address(self, form: Form) -> int:
-        number = self.number(form)
-        self.resolve((number,))
-        return self.addresses[number]
+        return self.resolve((self.number(form),))[0]

@@ -2,10 +2,10 @@
 not cover.
 
 Paging after SDM vol. 3, chapter 4: none, 32-bit, PAE and 4-level, with accessed and dirty bits,
-large pages, NX, SMEP and the reserved bits. The guest-physical map is memory.py's; a page that no
-slot covers is MMIO. A TLB entry holds a tag for reads, one for writes and one for
-fetches, and what to add to a linear address to get the host's. A tag that must not match is that of
-a page which never looks into this entry.
+large pages, NX, SMEP and the reserved bits; nested.py has the second walk of a guest's guest. The
+guest-physical map is memory.py's; a page that no slot covers is MMIO. A TLB entry holds a tag for
+reads, one for writes and one for fetches, and what to add to a linear address to get the host's. A
+tag that must not match is that of a page which never looks into this entry.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ PTE_P, PTE_W, PTE_U, PTE_A, PTE_D, PTE_PS = 1, 2, 4, 0x20, 0x40, 0x80
 # What `walk` returns besides the page's address
 OK, OK_WRITE, OK_EXEC, OK_LARGE, OK_GLOBAL = 1, 2, 4, 8, 16
 PTE_G = 1 << 8
+# Of a second walk, and of the exit that it may lead to: what the address is
+OF_PAGE, IN_TABLE = 1 << 32, 1 << 33
 LARGEST = 1 << 30  # a large page is at most that
 
 CR0_WP, CR0_PG = 1 << 16, 1 << 31
@@ -160,12 +162,34 @@ def translated(f: Routine, entry: Value, gpa: Value, size: Value) -> Value:
 def walk() -> Routine:
     """walk(va, access): the page's physical address with OK bits; 0 with the fault noted."""
     f = Routine("walk", "i64", ("va", "i64"), ("access", "i64"))
+    with f.If(f.get("nested_paging").ne(0)):
+        f.ret(f.call("@walk_twice", "i64", f.cpu, f["va"], f["access"]))
+    return _walk(f, nested=False)
+
+
+def walk_once() -> Routine:
+    """walk_once(va, access): `walk` by the tables of a guest whose addresses are not physical."""
+    return _walk(Routine("walk_once", "i64", ("va", "i64"), ("access", "i64")), nested=True)
+
+
+def _physical(f: Routine, where: Value, *, nested: bool) -> Value:
+    """Where an entry of a page table is; the function returns 0 where that faults."""
+    if not nested:
+        return where
+    table = f.call("@nested", "i64", f.cpu, where, f.const(W | IN_TABLE, 64))
+    with f.If(table.eq(0)):
+        f.ret(f.const(0, 64))
+    return (table & ~0xFFF) | (where & 0xFFF)
+
+
+def _walk(f: Routine, *, nested: bool) -> Routine:
     va, access = f["va"], f["access"]
     cr0, cr4, efer = f.get("cr0"), f.get("cr4"), f.get("efer")
+    narrow = "@walk32_once" if nested else "@walk32"
     with f.If((cr0 & CR0_PG).eq(0)):
         f.ret((va & 0xFFFF_F000) | (OK | OK_WRITE | OK_EXEC))
     with f.If((cr4 & CR4_PAE).eq(0)):
-        f.ret(f.call("@walk32", "i64", f.cpu, va, access))
+        f.ret(f.call(narrow, "i64", f.cpu, va, access))
     # An error code says I only where NX or SMEP exists.
     shows_fetch = ((efer & EFER_NXE) | (cr4 & CR4_SMEP)).ne(0)
     error = access & shows_fetch.select(f.const(~0, 64), f.const(~I, 64))
@@ -190,7 +214,7 @@ def walk() -> Routine:
     )
     with f.Loop() as loop:
         index = (va >> shift.get()) & 511
-        where = table.get() + index * 8
+        where = _physical(f, table.get() + index * 8, nested=nested)
         entry = host_pointer(f, where)
         with f.If(entry.eq(0)):
             _page_fault(f, va, error)
@@ -254,10 +278,18 @@ def _finish_walk(
 
 def walk32() -> Routine:
     """The two levels of 32-bit paging, with 4 MiB pages (PSE-36)."""
-    f = Routine("walk32", "i64", ("va", "i64"), ("access", "i64"))
+    return _walk32(Routine("walk32", "i64", ("va", "i64"), ("access", "i64")), nested=False)
+
+
+def walk32_once() -> Routine:
+    """`walk32` by the tables of a guest whose addresses are not physical."""
+    return _walk32(Routine("walk32_once", "i64", ("va", "i64"), ("access", "i64")), nested=True)
+
+
+def _walk32(f: Routine, *, nested: bool) -> Routine:
     va, access = f["va"] & 0xFFFF_FFFF, f["access"]
     error = access & ((f.get("cr4") & CR4_SMEP).ne(0).select(f.const(~0, 64), f.const(~I, 64)))
-    directory = (f.get("cr3") & 0xFFFF_F000) + ((va >> 22) * 4)
+    directory = _physical(f, (f.get("cr3") & 0xFFFF_F000) + ((va >> 22) * 4), nested=nested)
     top = host_pointer(f, directory)
     with f.If(top.eq(0)):
         _page_fault(f, va, error)
@@ -272,7 +304,7 @@ def walk32() -> Routine:
         _finish_walk(f, va, access, error, directory, pde, page, pde, zero, large, 32)
     with f.If((pde & PTE_A).eq(0)):
         _set_bits(f, directory, PTE_A, 32)
-    where = (pde & 0xFFFF_F000) + (((va >> 12) & 1023) * 4)
+    where = _physical(f, (pde & 0xFFFF_F000) + (((va >> 12) & 1023) * 4), nested=nested)
     entry = host_pointer(f, where)
     with f.If(entry.eq(0)):
         _page_fault(f, va, error)
@@ -451,7 +483,9 @@ ROUTINES = (
     new_entry,
     set_bits,
     walk,
+    walk_once,
     walk32,
+    walk32_once,
     tlb_fill,
     flush_tlb,
     flush_page,

@@ -12,16 +12,19 @@ import ctypes
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from anykvm.cpu import assist, events, mmu, stepping
 from anykvm.cpu.debug import DebugFault, DebugUnit
-from anykvm.cpu.faults import GuestFault, Leave, Shutdown
+from anykvm.cpu.faults import GuestFault, Leave, Shutdown, VmExit
 from anykvm.cpu.flags import read_rflags, write_rflags
-from anykvm.cpu.guest import BP, DB, EVENT, OF, PF, UD
+from anykvm.cpu.guest import BP, DB, EVENT, NMI, OF, PF, UD
+from anykvm.cpu.memory import LOG, READONLY
 from anykvm.cpu.state import (
     BOUNCE,
+    PAGE,
     REPLAY,
+    STAY,
     TLB_ENTRIES,
     TLB_ENTRY,
     TLB_LIST,
@@ -33,6 +36,8 @@ from anykvm.cpu.state import (
     State,
     offset_of,
 )
+from anykvm.cpu.svm import PHYSICAL, VIRTUAL, SvmUnit
+from anykvm.cpu.vmcb import EventType, SvmExit
 
 if TYPE_CHECKING:
     from anykvm.cpu.engine import Engine
@@ -42,7 +47,8 @@ CR4_PAE, CR4_OSFXSR = 1 << 5, 1 << 9
 EFER_LMA = 1 << 10
 DR6_FIXED = 0xFFFF_0FF0
 MASK64 = 2**64 - 1
-STEP, CODE64, TF, RF, IF = (int(f) for f in (Mode.STEP, Mode.CODE64, Flag.TF, Flag.RF, Flag.IF))
+STEP, CODE64 = int(Mode.STEP), int(Mode.CODE64)
+TF, RF, IF, VM = (int(f) for f in (Flag.TF, Flag.RF, Flag.IF, Flag.VM))
 RAX, RCX, RDX, RBX = range(4)
 TRAPS = frozenset((DB, BP, OF))
 
@@ -57,8 +63,11 @@ class Cpu:
         self._memory = ctypes.create_string_buffer(ctypes.sizeof(State) + 64)
         self.address = (ctypes.addressof(self._memory) + 63) & ~63
         self.state = State.from_address(self.address)
+        page = (ctypes.c_uint8 * PAGE)()
+        self._page, self._page_address = memoryview(page).cast("B"), ctypes.addressof(page)
         self._call = engine.runtime.call
         self._native = self._call["run"]
+        self.native_run = engine.runtime.address["run"]  # for other native code to call
         self._requested = False
         self._shutdown = False
         self._unfinished: Callable[[], None] | None = None  # what memory was missing for
@@ -67,9 +76,11 @@ class Cpu:
         self._completion: Callable[[bytes], None] | None = None  # of a string I/O instruction
         self._outs: bytes | None = None  # what OUTS sends
         self.on_advance: Callable[[], None] | None = None  # the rest of the instruction that left
+        self.state.stay = index  # and so differs from the other vCPUs'
         self.state.tlb_listed = TLB_LIST + 1
         self.state.tsc_ratio = 1 << TSC_RATIO_BITS
         self.debug = DebugUnit(self)
+        self.svm = SvmUnit(self)
         self.emulation_text = ""
         self._supervisor = self.address + offset_of("tlb")
         self._user = self._supervisor + TLB_ENTRIES * TLB_ENTRY
@@ -96,6 +107,7 @@ class Cpu:
         s.fpu_cw, s.fpu_sw, s.fpu_tag, s.mxcsr = 0x40, 0, 0x5555, 0x1F80
         s.pat = 0x0007_0406_0007_0406
         self.debug.reset()
+        self.svm.reset()
         self.mode_changed()
 
     # What the caller sees of the state
@@ -115,12 +127,15 @@ class Cpu:
         s = self.state
         if not s.cr0 & CR0_PE:
             return 0
-        return 3 if self.rflags & Flag.VM else (s.seg[Seg.SS].attr >> 5) & 3
+        return 3 if s.flags & VM else (s.seg[Seg.SS].attr >> 5) & 3
 
     def can_take_interrupt(self) -> bool:
         """IF is set, and no STI, MOV SS or unfinished instruction holds interrupts off."""
-        held = self.in_shadow() or self.mid_instruction() or self.debug.pending
-        return bool(self.state.flags & IF) and not held
+        if self.mid_instruction() or self.debug.pending:
+            return False
+        if not self.svm.idle:
+            return self.svm.can_take_interrupt()
+        return bool(self.state.flags & IF) and not self.in_shadow()
 
     def in_shadow(self) -> bool:
         s = self.state
@@ -139,7 +154,7 @@ class Cpu:
         written.
         """
         s = self.state
-        mode = Mode(0)
+        mode = 0
         cs = s.seg[Seg.CS].attr
         if s.efer & EFER_LMA:
             mode |= Mode.LONG
@@ -160,11 +175,11 @@ class Cpu:
             mode |= Mode.SSE_UD
         if s.flags & TF or self.debug.debugger.single_step:
             mode |= Mode.STEP
+        if self.svm.guest_mode:
+            mode |= Mode.GUEST
         if not mode & Mode.CODE64:
-            mode_word = int(mode) | (s.seg[Seg.CS].base & 0xFFF) << 16
-        else:
-            mode_word = int(mode)
-        s.mode = mode_word
+            mode |= (s.seg[Seg.CS].base & 0xFFF) << 16
+        s.mode = mode
         s.jump_key += 1 << 32
         s.sse_unmasked = int(~s.mxcsr & 0x1F80 != 0)
 
@@ -187,11 +202,12 @@ class Cpu:
 
     def pending_interrupt(self, pending: bool) -> None:
         """Whether `run` is to return IRQ_WINDOW as soon as an interrupt can be taken."""
-        self.state.irq_pending = int(pending)
+        s = self.state
+        s.irq_pending = s.irq_pending & ~PHYSICAL | (PHYSICAL if pending else 0)
 
     def memory_may_have_changed(self) -> None:
         """Userspace ran, and may have written code: pages are compared when next entered."""
-        self.state.stay = self.engine.next_stay()
+        self.state.stay += STAY
         self.state.jump_key += 1 << 32
 
     # The dirty ring
@@ -240,45 +256,91 @@ class Cpu:
             if self.state.tick:
                 self.state.tick = 0
                 return Exit.REQUEST
-            waiting = self.state.irq_pending and self.state.flags & IF
-            if waiting and self.can_take_interrupt():
+            if self._awaited() & PHYSICAL and self.can_take_interrupt():
                 return Exit.IRQ_WINDOW
-            try:
-                if self.debug.pending:
-                    self.debug.trap()
-                if self.state.mode & STEP or self.debug.pending:
-                    found = stepping.step(self)
-                elif waiting or self._one_first:
-                    found = self._out_of_shadow()
-                else:
-                    self._enter()
-                    found = self.deal_with_exit()
-            except GuestFault as fault:
-                self._count_fault(fault)
-                found = self._deliver(fault)
-            except Leave as leave:
-                found = leave.exit
-            except Shutdown:
-                found = Exit.SHUTDOWN
+            found = self._outcome(self._go_on)
             if self._one_first:
                 self._one_first = False
                 found = found or Exit.REQUEST
             if found is not None:
                 return found
 
-    def _enter(self) -> None:
-        state, gate = self.state, self.engine.gate
-        gate.enter()
-        state.exit_request = 0
-        self.resets = self.engine.translator.resets
-        if self._requested or state.tick or gate.closed:
-            state.exit_request = 1
+    def resume(self) -> Exit:
+        """Deals with what the guest has left native code for, that was entered by `enter`, and goes
+        on as `run`.
+        """
+        found = self._outcome(self.deal_with_exit)
+        return self.run() if found is None else found
+
+    def busy(self) -> bool:
+        """Whether `run` has more to do than to enter native code."""
+        debug = self.debug
+        return bool(
+            self._requested
+            or self._shutdown
+            or self._one_first
+            or self._unfinished is not None
+            or self._completion is not None
+            or self.on_advance is not None
+            or debug.pending
+            or debug.armed
+            or debug.trace
+            or not self.svm.idle
+        )
+
+    def _outcome(self, go: Callable[[], Exit | None]) -> Exit | None:
+        """What `go` comes to: an exit for the caller, or None; faults are the guest's."""
+        try:
+            return go()
+        except GuestFault as fault:
+            self._count_fault(fault)
+            return self._deliver(fault)
+        except VmExit as exit_:
+            return self._vmexit(exit_)
+        except Leave as leave:
+            return leave.exit
+        except Shutdown:
+            return Exit.SHUTDOWN
+
+    def _go_on(self) -> Exit | None:
+        """Enters native code, or does what has to be done in its place."""
+        waiting = self._awaited()
+        if waiting & VIRTUAL and not (self.in_shadow() or self.debug.pending):
+            self.svm.take_virtual_interrupt()
+            return None
+        if self.debug.pending:
+            self.debug.trap()
+        if self.state.mode & STEP or self.debug.pending:
+            return stepping.step(self)
+        if waiting or self._one_first:
+            return self._out_of_shadow()
         if armed := self.debug.armed:
-            state.watch_abort = 1
-        self._native(self.address)
+            self.state.watch_abort = 1
+        self.enter(self._native)
         if armed:
-            state.watch_abort = 0
-        gate.leave()
+            self.state.watch_abort = 0
+        return self.deal_with_exit()
+
+    def _awaited(self) -> int:
+        """The kinds of interrupt that are pending and held off by a shadow at most."""
+        s = self.state
+        if not s.irq_pending:
+            return 0
+        if not self.svm.idle:
+            return self.svm.awaited()
+        return PHYSICAL if s.flags & IF else 0
+
+    def enter(self, native: Callable[..., int], *arguments: int) -> int:
+        """Calls a native routine on this vCPU that runs the guest."""
+        state, engine = self.state, self.engine
+        engine.gate.enter()
+        state.exit_request = 0
+        self.resets = engine.translator.resets
+        if self._requested or state.tick or engine.gate.closed:
+            state.exit_request = 1
+        result = native(self.address, *arguments)
+        engine.gate.leave()
+        return result
 
     def deal_with_exit(self) -> Exit | None:
         """Deals with why native code was left; an Exit if the caller must."""
@@ -414,9 +476,19 @@ class Cpu:
             )
         if made:
             return
+        if s.exit_kind == Exit.NESTED_FAULT:
+            raise self.nested_fault()
         if s.exit_kind:
             raise Leave(Exit(s.exit_kind))
         raise self.noted_fault()
+
+    def nested_fault(self) -> VmExit:
+        """The fault of nested paging that native code left in the state."""
+        s = self.state
+        return VmExit(SvmExit.NPF, s.nested_fault_error, s.nested_fault_gpa)
+
+    def _nested_fault(self) -> NoReturn:
+        raise self.nested_fault()
 
     def read(self, va: int, size: int, *, supervisor: bool = False) -> bytes:
         """`size` bytes at a linear address; raises GuestFault."""
@@ -448,13 +520,47 @@ class Cpu:
             self.engine.code_written(s.code_write_gpa, s.code_write_size, self.space)
 
     def host_bytes(self, address: int, size: int) -> bytes:
-        """Guest memory by its host address, such as `fetch_page` gives; Leave where the host has
-        none there.
+        """Guest memory by its host address, such as `fetch_page` gives, at most a page; Leave where
+        the host has none there.
         """
-        to = (ctypes.c_uint8 * size)()
-        if not self._call["copy_in"](self.address, ctypes.addressof(to), address, size):
+        if not self._call["copy_in"](self.address, self._page_address, address, size):
             raise Leave(Exit.MEMORY_FAULT)
-        return bytes(to)
+        return bytes(self._page[:size])
+
+    def read_guest_physical(self, gpa: int, size: int) -> bytes | None:
+        """As `read_physical`, by an address of what runs: nested paging may come in between."""
+        s = self.state
+        if s.nested_paging:
+            with self.engine.gate.passed():
+                s.exit_kind = 0
+                found = self._call["nested_look"](self.address, gpa)
+            if not found:
+                raise self.nested_fault() if s.exit_kind == Exit.NESTED_FAULT else Leave(
+                    Exit(s.exit_kind)
+                )
+            gpa = found & mmu.ADDRESS_MASK | gpa & 0xFFF
+        return self.read_physical(gpa, size)
+
+    def read_physical(self, gpa: int, size: int) -> bytes | None:
+        """Guest memory within a page; None where no slot has it."""
+        with self.engine.gate.passed():  # no slot is half changed
+            host = self.memory.host(gpa)
+            return self.host_bytes(host, size) if host is not None else None
+
+    def write_physical(self, gpa: int, data: bytes) -> bool:
+        """Writes within a page of guest memory; false where there is none that may be written."""
+        source = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        with self.engine.gate.passed(), self.engine.translator.lock:
+            slot, entry = self.memory.slot_at(gpa), self.memory.entry(gpa)
+            if slot is None or entry is None or slot.flags & READONLY:
+                return False
+            if slot.flags & LOG:
+                self._call["mark_dirty"](self.address, entry)
+            host = slot.hva + gpa - slot.gpa
+            if not self._call["copy_in"](self.address, host, ctypes.addressof(source), len(data)):
+                raise Leave(Exit.MEMORY_FAULT)
+        self.engine.code_written(gpa, len(data), self.space)
+        return True
 
     def exchange(self, gpa: int, value: int) -> int:
         """Puts a byte into guest memory, in one step; gives what was there, 0 where nothing is."""
@@ -478,7 +584,35 @@ class Cpu:
         self.state.count_exception += 1
         self.state.count_page_fault += fault.vector == PF
 
+    def _vmexit(self, exit_: VmExit) -> Exit | None:
+        """#VMEXIT; what was under way for L2 is over."""
+        try:
+            self.svm.vmexit(exit_)
+        except Leave as leave:
+            return leave.exit
+        except Shutdown:
+            return Exit.SHUTDOWN
+        self._unfinished = None
+        return None
+
+    def leave_guest(self, exit_: VmExit) -> None:
+        """#VMEXIT between two runs; where it fails the next run says so."""
+        self._shutdown = self._vmexit(exit_) is not None
+
+    def _intercepted(self, fault: GuestFault) -> bool:
+        """Whether an exception from outside led to #VMEXIT."""
+        try:
+            self.svm.check_fault(fault)
+        except VmExit as exit_:
+            self.leave_guest(exit_)
+            return True
+        return False
+
     def _deliver(self, fault: GuestFault) -> Exit | None:
+        try:
+            self.svm.check_fault(fault)
+        except VmExit as exit_:
+            return self._vmexit(exit_)
         s = self.state
         s.exc_vector, s.exc_has_error = fault.vector, int(fault.error is not None)
         s.exc_error = fault.error or 0
@@ -502,26 +636,39 @@ class Cpu:
         with self.engine.gate.passed():
             delivered = self._call["inject"](self.address, vector, EVENT)
         if not delivered:
-            self._inject(vector, None, fault=False)
+            self._inject(vector, None, fault=False, kind=EventType.INTR)
 
     def inject_nmi(self) -> None:
         """Delivers an NMI; further ones are blocked until IRET."""
         self.state.nmi_blocked = 1
-        self._inject(2, None, fault=False)
+        self._inject(NMI, None, fault=False, kind=EventType.NMI)
 
     def inject_exception(
-        self, vector: int, error_code: int | None = None, cr2: int | None = None
+        self,
+        vector: int,
+        error_code: int | None = None,
+        cr2: int | None = None,
+        *,
+        injected: bool = False,
     ) -> None:
+        """Delivers an exception; with `injected` it was on its way before, past L1's intercept."""
+        if not injected and self._intercepted(GuestFault(vector, error_code, cr2)):
+            return
         if cr2 is not None:
             self.state.cr2 = cr2
         self._inject(vector, error_code, fault=vector not in TRAPS)
 
     def inject_breakpoint(self) -> None:
         """#BP of the INT3 at RIP."""
+        if self._intercepted(GuestFault(BP)):
+            return
         self._inject(BP, None, fault=False, software=True, rip=self.state.rip + 1 & MASK64)
 
     def inject_debug(self, dr6: int | None) -> None:
         """#DB for these reasons, bits of DR6; None where that says them already."""
+        fault = GuestFault(DB) if dr6 is None else DebugFault(dr6)
+        if self._intercepted(fault):
+            return
         self.debug.entered(dr6)
         self._inject(DB, None, fault=False)
 
@@ -533,18 +680,23 @@ class Cpu:
         fault: bool,
         software: bool = False,
         rip: int | None = None,
+        kind: EventType = EventType.EXCEPTION,
     ) -> None:
         """Delivery between two runs; a triple fault shows in the next one."""
         self.debug.drop_stale_rf()
         deliver = partial(
-            events.deliver, self, vector, error, fault=fault, software=software, rip=rip
+            events.deliver, self, vector, error, fault=fault, software=software, rip=rip, kind=kind
         )
         self._shutdown = self._begin(deliver) is Exit.SHUTDOWN
 
     def _begin(self, unfinished: Callable[[], None]) -> Exit | None:
         """Something whose accesses are its own, not those of the instruction at RIP."""
-        self._unfinished, self.state.replay_count = unfinished, 0
+        self.deliver_next(unfinished)
         return self._finish_pending()
+
+    def deliver_next(self, unfinished: Callable[[], None]) -> None:
+        """As `_begin`, before the next instruction."""
+        self._unfinished, self.state.replay_count = unfinished, 0
 
     def _finish_pending(self) -> Exit | None:
         """Delivers an event, or ends an instruction; or why that cannot be yet."""
@@ -554,6 +706,8 @@ class Cpu:
             self._unfinished()
         except Leave as leave:
             return leave.exit
+        except VmExit as exit_:
+            return self._vmexit(exit_)
         except Shutdown:
             self._unfinished = None
             return Exit.SHUTDOWN
@@ -581,17 +735,24 @@ class Cpu:
         if self.on_advance:
             done, self.on_advance = self.on_advance, None
             done()
-        if length is None:
-            length = self.engine.translator.length_of(s.exit_record)
-        mask = MASK64 if s.mode & CODE64 else 0xFFFF_FFFF
-        s.rip = (s.rip + length) & mask
+        s.rip = self.rip_behind(length)
         self.count_exited()
         s.replay_count = 0
 
-    def count_exited(self) -> None:
-        """Counts the instruction that left, and those before it that no branch has counted."""
+    def rip_behind(self, length: int | None = None) -> int:
+        """RIP behind the instruction that left, which has so many bytes if the caller knows."""
         s = self.state
-        s.insn_count += self.engine.translator.uncounted.get(s.exit_record, 1)
+        if length is None:
+            length = self.engine.translator.length_of(s.exit_record)
+        return (s.rip + length) & (MASK64 if s.mode & CODE64 else 0xFFFF_FFFF)
+
+    def uncounted(self) -> int:
+        """The instruction that left, and those before it that no branch has counted."""
+        return self.engine.translator.uncounted.get(self.state.exit_record, 1)
+
+    def count_exited(self) -> None:
+        """Counts the instruction that left."""
+        self.state.insn_count += self.uncounted()
         if self.debug.trace or self.debug.armed:
             self.debug.retired()
 
@@ -618,6 +779,10 @@ class Cpu:
             done(b"")
         else:
             self.advance()
+
+    def string_io(self) -> bool:
+        """Whether the port access that left is of INS or OUTS."""
+        return self._completion is not None
 
     def drop_io(self) -> None:
         """The port access that left will not be completed."""
@@ -683,6 +848,7 @@ INTERNAL: dict[int, Callable[[Cpu], Exit | None]] = {
     Exit.WATCH: Cpu._step,
     Exit.STEP_HERE: Cpu._step,
     Exit.DELIVER: Cpu._deliver_noted,
+    Exit.NESTED_FAULT: Cpu._nested_fault,
     Exit.REQUEST: Cpu._requested_exit,
     Exit.EMULATION: Cpu._emulation,
     Exit.HLT: Cpu._halt,

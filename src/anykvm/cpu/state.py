@@ -16,7 +16,7 @@ from ctypes import (
     c_uint32,
     c_uint64,
 )
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import Any
 
 u8, u16, u32, u64 = c_uint8, c_uint16, c_uint32, c_uint64
@@ -29,6 +29,7 @@ JUMP_ENTRIES = 4096
 JUMP_ENTRY = 32  # rip, mode, record, -
 BOUNCE = 128  # bytes; the widest access is 64, twice for two operands
 REPLAY = 128  # MMIO accesses that one instruction can make: FXSAVE 64, ENTER of 31 levels 63
+STAY = 1 << 32  # what numbers of stays advance by; the lower half is the vCPU's
 WATCHES = 4  # debug registers with an address
 TSC_RATIO_BITS = 48  # fractional bits of `State.tsc_ratio`, as VMX's multiplier has
 
@@ -53,6 +54,7 @@ class Exit(IntEnum):
     EXCLUSIVE = 6  # a locked access that no single host instruction can make
     WATCH = 7  # an access meets a data breakpoint
     STEP_HERE = 8  # the code's page has an instruction breakpoint
+    NESTED_FAULT = 9  # nested paging has no such page, see nested.py
     REQUEST = 16
     IRQ_WINDOW = 17
     HLT = 18
@@ -76,7 +78,7 @@ class Exit(IntEnum):
     MEMORY_FAULT = 41  # the host memory behind a slot is not there, see extable.py
 
 
-class Flag(IntFlag):
+class Flag(IntEnum):
     """RFLAGS (SDM vol. 1, 3.4.3)."""
 
     CF, PF, AF, ZF, SF = 1, 1 << 2, 1 << 4, 1 << 6, 1 << 7
@@ -88,7 +90,7 @@ class Flag(IntFlag):
 STATUS_FLAGS = Flag.CF | Flag.PF | Flag.AF | Flag.ZF | Flag.SF | Flag.OF
 
 
-class Mode(IntFlag):
+class Mode(IntEnum):
     """What a translation depends on besides its bytes; part of a block's key."""
 
     CODE32, CODE64 = 1, 2  # neither: 16-bit code
@@ -102,6 +104,7 @@ class Mode(IntFlag):
     LONG = 512  # EFER.LMA
     AVX_UD = 1024
     VM86 = 2048
+    GUEST = 4096  # SVM's guest mode: instructions that can be intercepted look whether they are
 
 
 class Segment(ctypes.Structure):
@@ -196,15 +199,21 @@ class State(ctypes.Structure):
         ("tsc_offset", u64),
         ("tsc_ratio", u64),  # the guest's TSC: host's * ratio >> TSC_RATIO_BITS, plus the offset
         ("pat", u64),
+        ("nested_paging", u32),  # SVM's guest mode with nested paging: nCR3, and L1's EFER.NXE
+        ("nested_nx", u32),
+        ("nested_cr3", u64),
+        ("nested_fault_gpa", u64),
+        ("nested_fault_error", u64),
         ("apic_base", u64),
         # Control of the native side
         ("mode", u64),  # Mode
         ("jump_key", u64),  # number of flushes << 32
-        ("stay", u64),  # number of the last time that userspace ran, over all vCPUs
+        ("stay", u64),  # since userspace last ran: a number that no vCPU has twice
         ("exit_kind", u32),  # Exit
         ("exit_request", c_int32),  # written by other threads
         ("tick", u32),  # time to look for what only Python sees, see ticker.py
-        ("irq_pending", u32),  # leave once interrupts can be taken
+        ("irq_pending", u32),  # leave once interrupts can be taken: 1 physical, 2 virtual (SVM)
+        ("intercepts", u32 * 6),  # as in the VMCB; none outside of guest mode
         (
             "shadow",
             u32,
@@ -280,6 +289,7 @@ class State(ctypes.Structure):
         ("count_invlpg", u64),
         ("count_page_fault", u64),
         ("count_assist", u64),
+        ("count_nested_run", u64),
         ("tlb_listed", u64),
         (
             "large_low",
@@ -340,6 +350,11 @@ class State(ctypes.Structure):
     tsc_offset: int
     tsc_ratio: int
     pat: int
+    nested_paging: int
+    nested_nx: int
+    nested_cr3: int
+    nested_fault_gpa: int
+    nested_fault_error: int
     apic_base: int
     mode: int
     jump_key: int
@@ -348,6 +363,7 @@ class State(ctypes.Structure):
     exit_request: int
     tick: int
     irq_pending: int
+    intercepts: ctypes.Array[c_uint32]
     shadow: int
     shadow_rip: int
     shadow_count: int
@@ -409,6 +425,7 @@ class State(ctypes.Structure):
     count_invlpg: int
     count_page_fault: int
     count_assist: int
+    count_nested_run: int
     tlb_listed: int
 
 

@@ -81,11 +81,18 @@ class CodePage:
 
     def take_overlapping(self, start: int, end: int) -> list[Unit]:
         """Removes and returns the units over the bytes `start` to `end`."""
-        hit = [u for u in self.units if u.start < end and start < u.end]
-        self.units = [u for u in self.units if u not in hit]
-        self._memory[8 : 8 + PAGE] = bytes(PAGE)
+        if self._memory.find(b"\xff", 8 + start, 8 + end) < 0:
+            return []
+        hit: list[Unit] = []
+        rest: list[Unit] = []
         for unit in self.units:
-            self._memory[8 + unit.start : 8 + unit.end] = ONES[: unit.end - unit.start]
+            (hit if unit.start < end and start < unit.end else rest).append(unit)
+        first, last = min(u.start for u in hit), max(u.end for u in hit)
+        self.units = rest
+        self._memory[8 + first : 8 + last] = bytes(last - first)
+        for unit in rest:
+            if unit.start < last and first < unit.end:
+                self._memory[8 + unit.start : 8 + unit.end] = ONES[: unit.end - unit.start]
         return hit
 
 
@@ -127,16 +134,14 @@ class Translator:
     def decoder(self, mode: int) -> TemplateDecoder:
         decoder = self._decoders.get(mode)
         if decoder is None:
-            decoder = self._decoders[mode] = TemplateDecoder(FormDecoder(Mode(mode), special))
+            decoder = self._decoders[mode] = TemplateDecoder(FormDecoder(mode, special))
         return decoder
 
     # Records
     def _place(self, image: UnitImage, host: int, mode: int, base: int) -> list[tuple[int, int]]:
         """Writes a unit's records; gives the RIP and record of each head."""
-        self.handlers.resolve(image.handlers)
-        addresses = self.handlers.addresses
         words = array("Q", image.records)
-        words[::4] = array("Q", [addresses[n] for n in image.handlers])
+        words[::4] = array("Q", self.handlers.resolve(image.handlers))
         rips = array("Q", image.rips)
         first = self._next
         for n, count in image.leaving:
@@ -288,7 +293,7 @@ class Translator:
         self.resets += 1
 
 
-def special(name: str, mode: Mode, mmx: bool = False) -> str | None:
+def special(name: str, mode: int, mmx: bool = False) -> str | None:
     """What stands for an instruction, with MMX operands or without, that the mode forbids."""
     row = ROWS.get(name)
     feature, _, with_mmx = row.feature.partition("/") if row else ("", "", "")

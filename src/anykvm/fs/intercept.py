@@ -13,7 +13,6 @@ entered is asked first.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,31 +33,24 @@ class IoctlCall:
 
 Proceed = Callable[[], int]
 Interceptor = Callable[[IoctlCall, Proceed], int]
-_interceptors: tuple[Interceptor, ...] = ()
-_changing = threading.Lock()
-
-
-def intercepting() -> bool:
-    """Whether any interceptor is in place."""
-    return bool(_interceptors)
+_interceptors: list[Interceptor] = []
+intercepting: Callable[[], int] = _interceptors.__len__
+"""How many interceptors are in place."""
 
 
 @contextmanager
 def intercepted(interceptor: Interceptor) -> Iterator[None]:
     """Put an interceptor in place for the time of a `with`, in all threads."""
-    global _interceptors
-    with _changing:
-        _interceptors = (*_interceptors, interceptor)
+    _interceptors.append(interceptor)
     try:
         yield
     finally:
-        with _changing:
-            _interceptors = tuple(each for each in _interceptors if each is not interceptor)
+        _interceptors.remove(interceptor)
 
 
 def through(call: IoctlCall, proceed: Proceed) -> int:
     """Make a call through the interceptors that are in place."""
-    return through_all(_interceptors, call, proceed)
+    return through_all(tuple(_interceptors), call, proceed)
 
 
 def through_all(interceptors: Iterable[Interceptor], call: IoctlCall, proceed: Proceed) -> int:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 from anykvm.fs.uaccess import UserMemory
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -84,21 +88,23 @@ def current() -> Task:
     return _current.task
 
 
-class as_current:
+@contextmanager
+def as_current(task: Task) -> Iterator[Task]:
     """Run what is inside on behalf of `task`, in this thread."""
+    before, _current.task = _current.task, task
+    try:
+        yield task
+    finally:
+        _current.task = before
 
-    __slots__ = ("_before", "_task")
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
-
-    def __enter__(self) -> Task:
-        self._before = _current.task
-        _current.task = self._task
-        return self._task
-
-    def __exit__(self, *error: object) -> None:
-        _current.task = self._before
+def call_as(task: Task, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """The same for one call, at less cost."""
+    before, _current.task = _current.task, task
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _current.task = before
 
 
 def copy_from_user(address: int, length: int) -> bytes:

@@ -39,8 +39,9 @@ class Event(NamedTuple):
 
 
 Sink = Callable[[Event], None]
-_sinks: tuple[Sink, ...] = ()
-_attaching = threading.Lock()
+_sinks: list[Sink] = []
+enabled: Callable[[], int] = _sinks.__len__
+"""How many listen: guard what is costly to compute for a field. (Nothing is cheaper to call.)"""
 
 
 class _Depth(threading.local):
@@ -52,18 +53,12 @@ _depth = _Depth()
 
 def attach(sink: Sink) -> None:
     """Send every event to `sink`, which is called in the thread that traces."""
-    global _sinks
-    with _attaching:
-        _sinks = (*_sinks, sink)
+    _sinks.append(sink)
 
 
 def detach(sink: Sink) -> None:
     """Stop sending to `sink`; ValueError where it is not attached."""
-    global _sinks
-    with _attaching:
-        remaining = list(_sinks)
-        remaining.remove(sink)
-        _sinks = tuple(remaining)
+    _sinks.remove(sink)
 
 
 @contextmanager
@@ -76,13 +71,8 @@ def attached(sink: Sink) -> Iterator[Sink]:
         detach(sink)
 
 
-def enabled() -> bool:
-    """Whether anyone listens: guard what is costly to compute for a field."""
-    return bool(_sinks)
-
-
 def _emit(event: Event) -> None:
-    for sink in _sinks:
+    for sink in tuple(_sinks):
         sink(event)
 
 

@@ -240,9 +240,11 @@ class IoctlRow(Generic[T]):
                 raise fail(need.errno, f"{self.name}: {need.text}")
 
     def call(self, target: T, mm: UserMemory, address: int) -> int:
-        self.check(target, after_copy=False)
+        if self.needs:
+            self.check(target, after_copy=False)
         value = self.arg.copy_in(mm, address)
-        self.check(target, after_copy=True)
+        if self.needs:
+            self.check(target, after_copy=True)
         result = self.handler(target, value)
         self.arg.copy_out(mm, address, value)
         return result or 0
@@ -300,21 +302,23 @@ class IoctlTable(Generic[T]):
         return iter(self.rows.values())
 
 
-def _find(tables: Sequence[IoctlTable[Any]], number: int) -> IoctlRow[Any]:
-    for table in tables:
-        row = table.rows.get(number)
-        if row is not None:
-            return row
+def _refused(tables: Sequence[IoctlTable[Any]], number: int) -> OSError:
+    """What an ioctl gives that has no row."""
     for table in tables:
         absent = table.find_absent(number)
         if absent is not None:
-            raise fail(absent.errno, f"{absent.name} is not built in: {absent.why}")
-    raise fail(tables[-1].unknown, f"ioctl {number:#x} is unknown to {tables[0].what}")
+            return fail(absent.errno, f"{absent.name} is not built in: {absent.why}")
+    return fail(tables[-1].unknown, f"ioctl {number:#x} is unknown to {tables[0].what}")
 
 
 def drive(tables: Sequence[IoctlTable[Any]], target: object, number: int, address: int) -> int:
     """Run ioctl `number` on `target` by the first table that has it; `unknown` where none does."""
-    row = _find(tables, number)
+    for table in tables:
+        row = table.rows.get(number)
+        if row is not None:
+            break
+    else:
+        raise _refused(tables, number)
     if not enabled():
         return row.call(target, current().mm, address)
     with call(tables[0].what, cmd=row.name) as this:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 MAX_FOUND = 4096  # look-ups kept
+LOW = 1 << 16  # addresses, and all of a port bus
 
 
 class KvmBus(IntEnum):
@@ -51,12 +52,22 @@ class KvmIoRange(NamedTuple):
     dev: KvmIoDevice
 
 
+def _bits(ranges: list[KvmIoRange]) -> int:
+    """A bit for each of the low addresses that a range has; its first, if it has none."""
+    bits = 0
+    for r in ranges:
+        if r.addr < LOW:
+            bits |= (1 << max(r.length, 1)) - 1 << r.addr
+    return bits & (1 << LOW) - 1
+
+
 class KvmIoBus:
     """struct kvm_io_bus. Look-ups take no lock: the lists are replaced, never changed."""
 
     def __init__(self) -> None:
         self._ranges: tuple[list[int], list[KvmIoRange], int] = ([], [], 0)
         self._found: dict[int, list[KvmIoDevice]] = {}  # look-ups since the last change
+        self.low_addresses = bytearray(LOW // 8)  # a bit for each, set where a device is
 
     def __len__(self) -> int:
         return len(self._ranges[1])
@@ -84,6 +95,7 @@ class KvmIoBus:
         longest = max((r.length for r in ranges), default=0)
         self._ranges = ([r.addr for r in ranges], ranges, longest)
         self._found = {}
+        self.low_addresses[:] = _bits(ranges).to_bytes(LOW // 8, "little")
 
     def at(self, addr: int) -> list[KvmIoDevice]:
         """The devices to ask about an access to `addr`, mostly none or one."""

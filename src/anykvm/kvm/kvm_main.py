@@ -198,6 +198,7 @@ class KvmVcpu(ABC):
             self.dirty_ring = KvmDirtyRing(mapping, kvm.dirty_ring_size)
         self.sigset = new_sigset(self.kick)
         self.mode = VcpuMode.OUTSIDE_GUEST_MODE
+        self.touched = True  # by an ioctl other than KVM_RUN, since KVM_RUN last said otherwise
 
     @abstractmethod
     def kvm_arch_vcpu_ioctl_run(self) -> int:

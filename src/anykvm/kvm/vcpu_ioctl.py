@@ -87,6 +87,8 @@ def kvm_vcpu_ioctl(file: File, cmd: int, arg: int) -> int:
     vcpu: KvmVcpu = file.private_data
     vcpu.kvm.check_mm()
     with vcpu.mutex:
+        if cmd != uapi.KVM_RUN:
+            vcpu.touched = True
         if vcpu.dirty_ring is not None:  # nobody else asks for the running vCPU
             with vcpu_load(vcpu):
                 return drive((kvm_vcpu_ioctls, arch().vcpu_ioctls), vcpu, cmd, arg)

@@ -9,6 +9,7 @@ import os
 from struct import Struct
 
 SYS_READ, SYS_OPEN, SYS_STAT, SYS_LSTAT, SYS_MMAP, SYS_IOCTL = 0, 2, 4, 6, 9, 16
+SYS_RT_SIGACTION = 13
 SYS_ACCESS, SYS_CLOSE, SYS_READLINK, SYS_OPENAT, SYS_NEWFSTATAT = 21, 3, 89, 257, 262
 SYS_READLINKAT, SYS_FACCESSAT, SYS_STATX, SYS_OPENAT2, SYS_FACCESSAT2 = 267, 269, 332, 437, 439
 SYS_MUNMAP, SYS_SENDMSG, SYS_TGKILL, SYS_SECCOMP, SYS_PIDFD_GETFD = 11, 46, 234, 317, 438
@@ -33,6 +34,8 @@ AUDIT_ARCH_X86_64 = 0xC000003E
 
 NOTIF = Struct("=QIIiIQ6Q")
 """struct seccomp_notif: id, pid, flags; then seccomp_data: nr, arch, instruction_pointer, args."""
+NOTIF_IOCTL = Struct("=QI4xi12x3Q24x")
+"""Of that: id, pid, nr, and three arguments."""
 NOTIF_RESP = Struct("=QqiI")
 """struct seccomp_notif_resp: id, val, error, flags."""
 NOTIF_ADDFD = Struct("=QIIII")

@@ -1,14 +1,15 @@
 """The client's filter: a program for seccomp, in classic BPF (seccomp(2), linux/bpf_common.h).
 
-It sends to us KVM's ioctls, what opens files, and mappings that might be of a dirty ring and are
-not as that allows, and lets everything else run: the decision takes a few instructions in the
-kernel. Where /dev/kvm does not exist, or not for this user, calls that ask whether it does are
-sent, too.
+It sends to us KVM's ioctls, what opens files, mappings that might be of a dirty ring and are not as
+that allows, and handlers for the signals that VMMs kick vCPUs by. It lets everything else run: the
+decision takes a few instructions in the kernel. Where /dev/kvm does not exist, or not for this
+user, calls that ask whether it does are sent, too.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from struct import Struct
 
 from anykvm.proxy import abi
@@ -23,6 +24,7 @@ PROT_EXEC, MAP_TYPE, MAP_PRIVATE, MAP_ANONYMOUS = 4, 0xF, 2, 0x20
 # Where in a vCPU's file the dirty ring may lie, the largest included
 RING_FIRST = KVM_DIRTY_LOG_PAGE_OFFSET * 4096
 RING_END = RING_FIRST + (1 << 20)
+KICKS = (signal.SIGUSR1, signal.SIGUSR2)  # and the real-time signals that libc leaves to programs
 NEVER_A_DEVICE = os.O_CREAT | os.O_DIRECTORY | O_PATH
 
 SOCK_FILTER = Struct("=HBBI")
@@ -86,6 +88,17 @@ def _ring_maps() -> list[Instruction]:
     return _on_call(abi.SYS_MMAP, body)
 
 
+def _kick_handlers() -> list[Instruction]:
+    """sigaction with a handler, for a signal that may be a kick."""
+    tests = [(JMP_JEQ, 0, 1, int(number)) for number in KICKS]
+    body = [
+        *(_argument(1), (JMP_JEQ, 0, 3, 0), _upper(1), (JMP_JEQ, 0, 1, 0), ALLOW),
+        *(_argument(0), *(step for test in tests for step in (test, NOTIFY))),
+        *((JMP_JGE, 1, 0, signal.SIGRTMIN), ALLOW, NOTIFY),
+    ]
+    return _on_call(abi.SYS_RT_SIGACTION, body)
+
+
 def program(looks: bool) -> bytes:
     """The filter; with `looks` it sends stat, access and their like as well.
 
@@ -94,7 +107,7 @@ def program(looks: bool) -> bytes:
     code = [_load(ARCH), (JMP_JEQ, 1, 0, abi.AUDIT_ARCH_X86_64), ALLOW, _load(NR), *_kvm_ioctls()]
     for row in (*OPENS, *(LOOKS if looks else ())):
         code += _unless_flags(*row)
-    code += _ring_maps()
+    code += _ring_maps() + _kick_handlers()
     for number in (abi.SYS_OPENAT2, *(PLAIN_LOOKS if looks else ())):
         code += _on_call(number, [NOTIFY])
     return b"".join(SOCK_FILTER.pack(*instruction) for instruction in [*code, ALLOW])

@@ -17,7 +17,7 @@ from anykvm.proxy.procfs import state, status
 O_PATH_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 MANY = 64
 SIGNAL_ROWS = (0, 25, 50)  # SigPnd, ShdPnd, SigBlk: lines of 25 bytes one after the other
-NONE_WAITING = Notification._make([0] * 12)
+NONE_WAITING = Notification(abi.NOTIF.size)
 
 
 class Process:
@@ -26,6 +26,7 @@ class Process:
     def __init__(self, pid: int, memory: ClientMemory) -> None:
         self.pid = pid
         self.memory = memory
+        self.immediate_exit = False  # it has asked whether it can end KVM_RUN so
         self.pidfd = os.pidfd_open(pid)
 
     def close(self) -> None:
@@ -52,20 +53,13 @@ class ClientThread(Task, RemoteThread):
         self.kept: tuple[Notification, int] | None = None
         self._listener = listener
         self._fetch = fetch
-        self._fetched: dict[int, int] = {}  # by descriptor: our duplicate, during a call
-        self._fds = os.open(f"/proc/{tid}/fd", O_PATH_DIRECTORY)
+        self.fetched: dict[int, int] = {}  # by descriptor: our duplicate, during a call
+        self.fds = os.open(f"/proc/{tid}/fd", O_PATH_DIRECTORY)
         self._status = -1
 
     @property
     def remote(self) -> RemoteThread:
         return self
-
-    def key(self, fd: int) -> tuple[int, int]:
-        """The file behind a descriptor, as fstat gives it; FileNotFoundError where there is none,
-        or where the thread has ended.
-        """
-        found = os.stat(str(fd), dir_fd=self._fds)
-        return found.st_dev, found.st_ino
 
     def dup_fd(self, fd: int) -> int:
         try:
@@ -75,14 +69,14 @@ class ClientThread(Task, RemoteThread):
                 raise
         # Docker's default profile forbids that call. The client has to send the descriptor, and
         # then to call once more: one at a time.
-        if fd not in self._fetched:
-            self._fetched[fd] = self._fetch(self, fd)
-        return os.dup(self._fetched[fd])
+        if fd not in self.fetched:
+            self.fetched[fd] = self._fetch(self, fd)
+        return os.dup(self.fetched[fd])
 
     def forget_fetched(self) -> None:
         """The call that needed them is over."""
-        while self._fetched:
-            os.close(self._fetched.popitem()[1])
+        while self.fetched:
+            os.close(self.fetched.popitem()[1])
 
     def fd_installed(self, fd: int) -> None:
         self.installed.append(fd)
@@ -107,7 +101,7 @@ class ClientThread(Task, RemoteThread):
 
     def close(self) -> None:
         self.forget_fetched()
-        os.close(self._fds)
+        os.close(self.fds)
         if self._status >= 0:
             os.close(self._status)
 
@@ -147,16 +141,20 @@ class Clients:
         return [t for t in list(self._threads.values()) if t.on_signal is not None]
 
     def find(self, tid: int, fd: int) -> tuple[ClientThread, tuple[int, int]] | None:
-        """A thread and the file behind its descriptor; None where there is none."""
+        """A thread and the file behind its descriptor, as fstat gives it; None where there is none,
+        or where the thread has ended.
+        """
         thread = self._threads.get(tid)
         if thread is not None:
             try:
-                return thread, thread.key(fd)
+                file = os.stat(str(fd), dir_fd=thread.fds)
+                return thread, (file.st_dev, file.st_ino)
             except OSError:
                 self.forget(tid)  # its number may be another thread's by now
         with suppress(OSError):
             thread = self.thread(tid)
-            return thread, thread.key(fd)
+            file = os.stat(str(fd), dir_fd=thread.fds)
+            return thread, (file.st_dev, file.st_ino)
         return None
 
     def _new(self, tid: int) -> ClientThread:
@@ -185,6 +183,10 @@ class Clients:
             self._processes[pid] = process
             self._met(process)
         return process
+
+    def process_of(self, tid: int) -> Process | None:
+        """A thread's process, if that has called before. OSError where it has ended."""
+        return self._processes.get(int(status(tid)["Tgid"]))
 
     def forget(self, tid: int) -> None:
         """A thread that has ended."""

@@ -14,6 +14,7 @@ import select
 import threading
 from contextlib import suppress
 from errno import EAGAIN
+from functools import partial
 from struct import Struct
 
 from anykvm import fs
@@ -30,16 +31,43 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Handle:
-    """A file of ours that clients hold: `fd` is our descriptor of it."""
+    """A file of ours that clients hold: `fd` is our descriptor of it.
+
+    Calls are made between `enter` and `leave`. When clients have closed it, the last of these
+    closes ours.
+    """
 
     def __init__(self, fd: int, file: fs.File) -> None:
         self.fd = fd
         self.file = file
         self.runs = Runs(file.f_mapping) if file.f_mapping is not None else None
+        self._calls: list[None] = []  # an entry for each, for its methods are atomic
+        self._closed = False
+        self._close = [partial(fs.close, fd)]  # who takes it closes
 
     @property
     def path(self) -> str:
         return f"/proc/self/fd/{self.fd}"
+
+    def enter(self) -> bool:
+        """Keep it open for a call; False if it has been closed."""
+        self._calls.append(None)
+        if self._closed:
+            self.leave()
+            return False
+        return True
+
+    def leave(self) -> None:
+        self._calls.pop()
+        if self._closed:
+            self.close()
+
+    def close(self) -> None:
+        """Now, or when the last call has left."""
+        self._closed = True
+        if not self._calls:
+            with suppress(IndexError):
+                self._close.pop()()
 
 
 class Descriptors:
@@ -119,7 +147,7 @@ class Descriptors:
             if handle is None or not alone:
                 return False
             del self._watches[watch], self._handles[_key(handle.fd)]
-        fs.close(handle.fd)
+        handle.close()
         return True
 
     def close_all(self) -> None:
@@ -130,7 +158,7 @@ class Descriptors:
             self._watches.clear()
         for handle in handles:
             with suppress(OSError):
-                fs.close(handle.fd)
+                handle.close()
 
 
 def _key(fd: int) -> Key:

@@ -6,41 +6,48 @@ import ctypes
 import os
 import threading
 from errno import EBADF, EINTR, EINVAL, ENOENT
-from typing import NamedTuple
+from fcntl import ioctl
 
 from anykvm.proxy import abi
 
-# What never blocks is called with the GIL held: giving it up costs more than the call.
+# With the GIL held: what never blocks costs less so, and who answers a call notes that before the
+# client's next one can be seen.
 _short = ctypes.PyDLL(None, use_errno=True).ioctl
 _short.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p]
-_blocking = ctypes.CDLL(None, use_errno=True).ioctl
-_blocking.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 _SIZE = abi.NOTIF.size
+_ZEROS = bytes(_SIZE)
 
 
-class Notification(NamedTuple):
+class Notification(bytes):
     """struct seccomp_notif: a call that waits, of thread `tid`, which goes on at `ip`."""
 
-    id: int
-    tid: int
-    flags: int
-    nr: int
-    arch: int
-    ip: int
-    arg0: int
-    arg1: int
-    arg2: int
-    arg3: int
-    arg4: int
-    arg5: int
+    def _unpacked(self) -> tuple[int, ...]:
+        return abi.NOTIF.unpack(self)
+
+    @property
+    def id(self) -> int:
+        return self._unpacked()[0]
+
+    @property
+    def tid(self) -> int:
+        return self._unpacked()[1]
+
+    @property
+    def ip(self) -> int:
+        return self._unpacked()[5]
 
     @property
     def args(self) -> tuple[int, ...]:
-        return self[6:]
+        return self._unpacked()[6:]
 
     def same_call(self, other: Notification) -> bool:
         """Whether it may be the other once more."""
-        return self[1:] == other[1:]
+        return self[8:] == other[8:]
+
+    def __repr__(self) -> str:
+        names = ("id", "tid", "flags", "nr", "arch", "ip", *(f"arg{n}" for n in range(6)))
+        fields = zip(names, self._unpacked(), strict=True)
+        return f"<call {' '.join(f'{name}={value:#x}' for name, value in fields)}>"
 
 
 class Listener:
@@ -62,16 +69,16 @@ class Listener:
     def answer(self, notification: int, value: int) -> bool:
         """The call returns `value`, a negative errno for an error; False if its caller is gone."""
         error = value if value < 0 else 0
-        raw = abi.NOTIF_RESP.pack(notification, 0 if error else value, error, 0)
-        with self.gate:
-            return bool(_short(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, raw) == 0)
+        return self._send(abi.NOTIF_RESP.pack(notification, 0 if error else value, error, 0))
 
     def let_run(self, notification: int) -> None:
         """The kernel carries out the call as it was made."""
         flag = abi.SECCOMP_USER_NOTIF_FLAG_CONTINUE
-        raw = abi.NOTIF_RESP.pack(notification, 0, 0, flag)
+        self._send(abi.NOTIF_RESP.pack(notification, 0, 0, flag))
+
+    def _send(self, response: bytes) -> bool:
         with self.gate:
-            _short(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, raw)
+            return bool(_short(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, response) == 0)
 
     def give(self, notification: int, fd: int, cloexec: bool) -> int:
         """A duplicate of our `fd` for the caller: its number there. OSError, ENOENT if it left."""
@@ -119,15 +126,17 @@ class Receiver:
 
     def __init__(self, listener: Listener) -> None:
         self._fd = listener.fd
-        self._buffer = ctypes.create_string_buffer(_SIZE)
-        self._address = ctypes.addressof(self._buffer)
+        self._raw = bytearray(_SIZE)
 
     def receive(self) -> Notification | None:
         """The next call, without the GIL meanwhile; None if there will be none any more."""
         while True:
-            ctypes.memset(self._address, 0, _SIZE)  # the kernel insists
-            if _blocking(self._fd, abi.SECCOMP_IOCTL_NOTIF_RECV, self._address) == 0:
-                return Notification._make(abi.NOTIF.unpack(self._buffer))
-            # ENOENT: its caller was interrupted or killed before we had it.
-            if ctypes.get_errno() not in (EINTR, ENOENT):
-                return None
+            self._raw[:] = _ZEROS  # the kernel insists
+            try:
+                ioctl(self._fd, abi.SECCOMP_IOCTL_NOTIF_RECV, self._raw)
+            except OSError as error:
+                # ENOENT: its caller was interrupted or killed before we had it.
+                if error.errno not in (EINTR, ENOENT):
+                    return None
+            else:
+                return Notification(self._raw)

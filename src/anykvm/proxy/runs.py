@@ -18,7 +18,7 @@ from time import monotonic
 
 from anykvm.fs.mapping import Mapping
 from anykvm.proxy.client import ClientThread
-from anykvm.proxy.listener import Listener, Notification
+from anykvm.proxy.listener import Listener
 from anykvm.uapi.kvm import KVM_EXIT_INTR, kvm_run
 
 
@@ -49,18 +49,18 @@ class Runs:
         self,
         listener: Listener,
         thread: ClientThread,
-        notification: Notification,
+        id: int,
         run: Callable[[], int],
     ) -> None:
         """Answer a KVM_RUN; `run` carries it out, and returns its result or a negative errno."""
         if self._was_interrupted(listener):
-            listener.answer(notification.id, -EINTR)
+            listener.answer(id, -EINTR)
             return
         with self._lock:
             if self._undelivered is None:
-                self._carry_out(listener, thread, notification.id, run)
+                self._carry_out(listener, thread, id, run)
             else:
-                self._deliver(listener, notification.id)
+                self._deliver(listener, id)
 
     def _was_interrupted(self, listener: Listener) -> bool:
         """Whether the call before this one never got its answer. It has one now."""

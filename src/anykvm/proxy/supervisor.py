@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from errno import EINTR, EIO, ENOENT, EPERM
+from functools import partial
 
 from anykvm import fs
 from anykvm.fs.ioctl import do_ioctl
-from anykvm.fs.task import as_current, current
+from anykvm.fs.task import as_current, call_as, current
 from anykvm.fs.vfs import vfs_mmap
 from anykvm.proxy import abi
 from anykvm.proxy.client import Clients, ClientThread, Process
@@ -36,10 +37,13 @@ from anykvm.proxy.listener import Listener, Notification, Receiver
 from anykvm.proxy.memory import BACKING_BASE, MAP_FIXED, ClientMemory
 from anykvm.proxy.opens import LOOKS, OPENS, Caller, open_node
 from anykvm.proxy.procfs import Vma, state
+from anykvm.proxy.sigaction import restart_calls
+from anykvm.uapi.kvm import KVM_CAP_IMMEDIATE_EXIT
 from anykvm.uapi.names import IOCTLS
 
 log = logging.getLogger("anykvm.proxy")
 KVM_RUN = IOCTLS["KVM_RUN"].number
+KVM_CHECK_EXTENSION = IOCTLS["KVM_CHECK_EXTENSION"].number
 SIGNAL_LATENCY = 0.001
 STOP_TURNS = 50  # after how many of these we look whether a process is being stopped
 STOPPED = "T"
@@ -57,7 +61,8 @@ class Supervisor:
         self.listener = Listener(listener_fd)
         self.descriptors = Descriptors(self.listener)
         self.clients = Clients(self.listener, self._replace, self._fetch, self._met)
-        self.counts: Counter[str] = Counter()
+        self._calls: Counter[int] = Counter()  # by the ioctl's number
+        self._opens: Counter[str] = Counter()
         self._receiving = 0
         self._parked = 0
         self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -69,6 +74,12 @@ class Supervisor:
         self._poll.register(listener_fd, 0)  # POLLHUP when the last client has gone
         self._pidfds: dict[int, Process] = {}
         self._watched: dict[int, Callable[[], None]] = {}
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How often each ioctl was made, and each node opened."""
+        ioctls = {NAMES.get(number, hex(number)): n for number, n in self._calls.items()}
+        return Counter(ioctls) + self._opens
 
     # The first thread.
 
@@ -232,76 +243,74 @@ class Supervisor:
             self._spawn(self._receive)
 
     def _answer(self, notification: Notification) -> None:
+        id, tid, nr, fd, command, argument = abi.NOTIF_IOCTL.unpack(notification)
         try:
-            self._dispatch(notification)
+            if nr == abi.SYS_IOCTL:
+                self._ioctl(notification, id, tid, fd & MASK32, command & MASK32, argument)
+            elif nr in OPENS:
+                self._open(notification, nr)
+            elif nr == abi.SYS_MMAP:
+                self._map(notification)
+            elif nr == abi.SYS_RT_SIGACTION:
+                self._sigaction(notification)
+            else:
+                self._look(notification, nr)
         except Exception:
             log.exception("a call could not be answered: %s", notification)
-            self.listener.answer(notification.id, -EIO)
+            self.listener.answer(id, -EIO)
 
-    def _dispatch(self, notification: Notification) -> None:
-        if notification.nr == abi.SYS_IOCTL:
-            self._ioctl(notification)
-        elif notification.nr in OPENS:
-            self._open(notification)
-        elif notification.nr == abi.SYS_MMAP:
-            self._map(notification)
-        else:
-            self._look(notification)
-
-    def _ioctl(self, notification: Notification) -> None:
-        fd = notification.arg0 & MASK32
-        found = self.clients.find(notification.tid, fd)
+    def _ioctl(
+        self, notification: Notification, id: int, tid: int, fd: int, command: int, argument: int
+    ) -> None:
+        found = self.clients.find(tid, fd)
         handle = None if found is None else self.descriptors.find(found[1])
         if found is None or handle is None:
-            self.listener.let_run(notification.id)
+            self.listener.let_run(id)
             return
         thread = found[0]
         if thread.on_signal is not None:
             thread.on_signal()  # its KVM_RUN goes on here, but it is out of it
-        command, argument = notification.arg1 & MASK32, notification.arg2
-        self.counts[NAMES.get(command, hex(command))] += 1
+        self._calls[command] += 1
+        call = partial(_carry_out, thread, handle, fd, command, argument)
         if command == KVM_RUN and handle.runs is not None:
             if handle.runs.long:
                 self._have_another_receive()
-            handle.runs.call(
-                self.listener,
-                thread,
-                notification,
-                lambda: _carry_out(thread, handle, fd, command, argument),
-            )
+            handle.runs.call(self.listener, thread, id, call)
             return
+        if command == KVM_CHECK_EXTENSION and argument == KVM_CAP_IMMEDIATE_EXIT:
+            thread.process.immediate_exit = True
         with thread.calling:
-            self._other_ioctl(notification, thread, handle, fd, command, argument)
+            thread.installed.clear()
+            if thread.kept is None and not thread.fetched:
+                thread.waiting = notification
+                result = call()
+            else:
+                result = self._maybe_again(thread, notification, call)
+            if result in thread.installed:
+                self.descriptors.give(id, result)
+                return
+            delivered = self.listener.answer(id, result)
+            if not delivered and command not in REPEATABLE and result != -EINTR:
+                thread.kept = (notification, result)
 
-    def _other_ioctl(
-        self,
-        notification: Notification,
-        thread: ClientThread,
-        handle: Handle,
-        fd: int,
-        command: int,
-        argument: int,
-    ) -> None:
+    def _maybe_again(
+        self, thread: ClientThread, notification: Notification, call: Callable[[], int]
+    ) -> int:
+        """A call that the kernel may make once more, after a signal or by our stopping it."""
         kept, thread.kept = thread.kept, None
         if kept is not None and kept[0].same_call(notification):
-            result = kept[1]  # made once more by the kernel, after a signal or by our stopping it
+            result = kept[1]
         else:
             if not thread.waiting.same_call(notification):
                 thread.forget_fetched()
             thread.waiting = notification
-            thread.installed.clear()
-            result = _carry_out(thread, handle, fd, command, argument)
-            if result in thread.installed:
-                self.descriptors.give(notification.id, result)
-                return
+            result = call()
         if result != -EINTR:
             thread.forget_fetched()
-        delivered = self.listener.answer(notification.id, result)
-        if not delivered and command not in REPEATABLE and result != -EINTR:
-            thread.kept = (notification, result)
+        return result
 
-    def _open(self, notification: Notification) -> None:
-        where, flags_of = OPENS[notification.nr]
+    def _open(self, notification: Notification, nr: int) -> None:
+        where, flags_of = OPENS[nr]
         try:
             caller = Caller(notification.tid)
             found = where.node(caller, notification.args)
@@ -315,7 +324,7 @@ class Supervisor:
         except OSError as error:
             self.listener.answer(notification.id, -(error.errno or EPERM))
             return
-        self.counts[f"open {found[0]}"] += 1
+        self._opens[f"open {found[0]}"] += 1
         self.descriptors.answer(notification.id, handle, bool(flags & os.O_CLOEXEC))
 
     def _loaded(self) -> None:
@@ -336,8 +345,15 @@ class Supervisor:
                 return
         self.listener.let_run(notification.id)
 
-    def _look(self, notification: Notification) -> None:
-        where, answer = LOOKS[notification.nr]
+    def _sigaction(self, notification: Notification) -> None:
+        with suppress(OSError):
+            process = self.clients.process_of(notification.tid)
+            if process is not None and process.immediate_exit:
+                restart_calls(process.memory, notification.args[1])
+        self.listener.let_run(notification.id)
+
+    def _look(self, notification: Notification, nr: int) -> None:
+        where, answer = LOOKS[nr]
         with suppress(OSError):
             caller = Caller(notification.tid)
             found = where.node(caller, notification.args)
@@ -350,13 +366,11 @@ class Supervisor:
 
 def _carry_out(thread: ClientThread, handle: Handle, fd: int, command: int, argument: int) -> int:
     """The ioctl on the client's behalf: its result, or a negative errno."""
-    file = handle.file
-    if not fs.file.get_file_unless_zero(file):
+    if not handle.enter():
         return -EINTR  # the descriptor was just closed by another thread
     try:
-        with as_current(thread):
-            return do_ioctl(fd, file, command, argument)
+        return call_as(thread, do_ioctl, fd, handle.file, command, argument)
     except OSError as error:
         return -(error.errno or EPERM)
     finally:
-        fs.fput(file)
+        handle.leave()

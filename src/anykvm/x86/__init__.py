@@ -10,6 +10,7 @@ from anykvm.x86 import (
     fpu,
     guest_debug,
     mce,
+    nested,
     platform_msrs,
     pmu,
     pv,
@@ -17,6 +18,7 @@ from anykvm.x86 import (
     regs,
     smm,
     steal_time,
+    svm,
     tsc_ioctl,
     vapic,
     vcpu_capability,
@@ -36,6 +38,7 @@ IOCTL_ROWS = (
     fpu,
     guest_debug,
     mce,
+    nested,
     pmu,
     regs,
     smm,
@@ -49,6 +52,6 @@ IOCTL_ROWS = (
 )
 
 # And these for the rows that they enter into the table of MSRs.
-MSR_ROWS = (mce, platform_msrs, pv, pv_eoi, smm, steal_time)
+MSR_ROWS = (mce, platform_msrs, pv, pv_eoi, smm, steal_time, svm)
 
 kvm_init(X86Arch())

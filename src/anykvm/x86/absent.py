@@ -89,9 +89,6 @@ vcpu_ioctls.mark_absent(
     "KVM_GET_REG_LIST",
     why="other architecture: arm, powerpc, riscv, s390, mips",
 )
-vcpu_ioctls.mark_absent(
-    EINVAL, "KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE", why="nested virtualization"
-)
 vcpu_ioctls.mark_absent(EINVAL, "KVM_XEN_VCPU_GET_ATTR", "KVM_XEN_VCPU_SET_ATTR", why="Xen")
 vcpu_ioctls.mark_absent(
     EINVAL,

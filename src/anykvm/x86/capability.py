@@ -20,6 +20,7 @@ from anykvm.x86.fpu import XSAVE_SIZE
 from anykvm.x86.guest_debug import KVM_GUESTDBG_VALID_MASK
 from anykvm.x86.hypercall import EXIT_HYPERCALL_VALID_MASK
 from anykvm.x86.kvm_host import KVM_MAX_MCE_BANKS, IrqchipMode, KvmX86
+from anykvm.x86.nested import NESTED_STATE_SIZE
 from anykvm.x86.vm_capability import PROCESSOR_CAPS, PROCESSOR_ENABLE, within
 from anykvm.x86.xen import XEN_HVM
 
@@ -89,6 +90,7 @@ X86_CAPS: dict[int, int] = {
     uapi.KVM_CAP_X2APIC_API: X2APIC_API,
     uapi.KVM_CAP_X86_USER_SPACE_MSR: USER_SPACE_MSR,
     uapi.KVM_CAP_XSAVE2: XSAVE_SIZE,
+    uapi.KVM_CAP_NESTED_STATE: NESTED_STATE_SIZE,
     uapi.KVM_CAP_MCE: KVM_MAX_MCE_BANKS,
     uapi.KVM_CAP_NR_VCPUS: min(os.cpu_count() or 1, KVM_MAX_VCPUS),
     uapi.KVM_CAP_MAX_VCPUS: KVM_MAX_VCPUS,

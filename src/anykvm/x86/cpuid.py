@@ -32,7 +32,8 @@ XSAVEOPT, XSAVEC, XGETBV1, XSAVES = 1, 2, 4, 8  # CPUID.0DH.1:EAX
 KVM_SIGNATURE = 0x40000000
 KVM_FEATURES = 0x40000001
 EXTENDED = 0x80000000
-MAX_BASIC, MAX_EXTENDED = 0x16, 0x80000008
+MAX_BASIC, MAX_EXTENDED = 0x16, 0x8000000A
+SVM_REVISION, SVM_ASIDS = 1, 8
 
 
 class Reg(IntEnum):
@@ -122,6 +123,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("kvm_pv_sched_yield", KVM_FEATURES, Reg.EAX, 13, True),
     Feature("kvm_clocksource_stable", KVM_FEATURES, Reg.EAX, 24, True),
     Feature("lahf_lm", EXTENDED + 1, Reg.ECX, 0, True),
+    Feature("svm", EXTENDED + 1, Reg.ECX, 2, True),
     Feature("abm", EXTENDED + 1, Reg.ECX, 5, True),
     Feature("3dnowprefetch", EXTENDED + 1, Reg.ECX, 8, True),
     Feature("syscall", EXTENDED + 1, Reg.EDX, 11, True),
@@ -130,6 +132,9 @@ FEATURES: tuple[Feature, ...] = (
     Feature("rdtscp", EXTENDED + 1, Reg.EDX, 27, True),
     Feature("lm", EXTENDED + 1, Reg.EDX, 29, True),
     Feature("invariant_tsc", EXTENDED + 7, Reg.EDX, 8, True),
+    Feature("npt", EXTENDED + 0xA, Reg.EDX, 0, True),
+    Feature("nrip_save", EXTENDED + 0xA, Reg.EDX, 3, True),
+    Feature("vmcb_clean", EXTENDED + 0xA, Reg.EDX, 5, True),  # a hint that is not needed
 )
 _BY_NAME = {feature.name: feature for feature in FEATURES}
 assert len(_BY_NAME) == len(FEATURES)
@@ -216,6 +221,7 @@ def leaves() -> tuple[Leaf, ...]:
         Leaf(EXTENDED + 6, (0, 0, l2 << 16 | 8 << 12 | CACHE_LINE, 0)),
         Leaf(EXTENDED + 7),
         Leaf(EXTENDED + 8, (PHYS_BITS | VIRT_BITS << 8, 0, 0, 0)),
+        Leaf(EXTENDED + 0xA, (SVM_REVISION, SVM_ASIDS, 0, 0)),
     )
 
 

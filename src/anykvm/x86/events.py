@@ -6,11 +6,14 @@ arch/x86/kvm/x86.c, `inject_pending_event`, and irq.c, `kvm_cpu_has_injectable_i
 
 from __future__ import annotations
 
+from anykvm.cpu.vmcb import SvmExit
 from anykvm.fs.trace import trace
 from anykvm.uapi import kvm as uapi
+from anykvm.x86 import lapic_regs as reg
 from anykvm.x86.kvm_host import MpState, PendingException, VcpuX86
 from anykvm.x86.reset import kvm_vcpu_reset, start_at_vector
 from anykvm.x86.smm import inject_smi, smi_allowed
+from anykvm.x86.svm import nested_svm_vmexit
 
 SHADOW_MOV_SS = 2  # State.shadow
 
@@ -48,6 +51,9 @@ def inject_pending_events(vcpu: VcpuX86) -> None:
     if vcpu.exception is not None:
         exception, vcpu.exception = vcpu.exception, None
         _inject_exception(vcpu, exception)
+    check_nested_events(vcpu)
+    if not vcpu.cpu.svm.gif:
+        vcpu.cpu.svm.held = bool(vcpu.nmi_pending or vcpu.smm.pending or _init_pending(vcpu))
     if vcpu.guest_debug & uapi.KVM_GUESTDBG_BLOCKIRQ:
         vcpu.cpu.pending_interrupt(_wants_interrupt_window(vcpu))
         return
@@ -64,21 +70,57 @@ def inject_pending_events(vcpu: VcpuX86) -> None:
     vcpu.cpu.pending_interrupt(pending or _wants_interrupt_window(vcpu))
 
 
+def check_nested_events(vcpu: VcpuX86) -> None:
+    """`svm_check_nested_events`: what would interrupt L2 goes to L1, if that wants it, as the
+    reason of a #VMEXIT, and stays pending until L1 takes it.
+    """
+    svm = vcpu.cpu.svm
+    if svm.guest_mode and not vcpu.cpu.mid_instruction():
+        for pending, exit_ in NESTED_EVENTS:
+            if svm.intercepts(exit_) and pending(vcpu):
+                nested_svm_vmexit(vcpu, exit_)
+                return
+
+
+def _init_pending(vcpu: VcpuX86) -> bool:
+    return vcpu.apic is not None and bool(vcpu.apic.pending_events >> reg.KVM_APIC_INIT & 1)
+
+
+def _nmi_pending(vcpu: VcpuX86) -> bool:
+    return vcpu.nmi_pending > 0 and vcpu.cpu.svm.gif
+
+
+def _interrupt_pending(vcpu: VcpuX86) -> bool:
+    with vcpu.kvm.irqchip.lock:
+        return kvm_cpu_has_interrupt(vcpu) and vcpu.cpu.can_take_interrupt()
+
+
+NESTED_EVENTS = (
+    (_init_pending, SvmExit.INIT),
+    (smi_allowed, SvmExit.SMI),
+    (_nmi_pending, SvmExit.NMI),
+    (_interrupt_pending, SvmExit.INTR),
+)
+
+
 def _inject_exception(vcpu: VcpuX86, exception: PendingException) -> None:
     if exception.vector == uapi.DB_VECTOR:
         vcpu.cpu.inject_debug(exception.payload)
     elif exception.vector == uapi.BP_VECTOR:
         vcpu.cpu.inject_breakpoint()
     else:
-        vcpu.cpu.inject_exception(exception.vector, exception.error_code)
+        vcpu.cpu.inject_exception(
+            exception.vector, exception.error_code, injected=exception.injected
+        )
 
 
 def _inject_nmi(vcpu: VcpuX86) -> None:
     """Now, or after the instruction that follows a MOV SS, or after the last NMI's IRET.
 
-    The processor does not tell of that IRET: the next time it is back here is soon enough.
+    The processor does not tell of that IRET: the next time it is back here is soon enough. With
+    GIF clear it waits for STGI.
     """
-    if vcpu.state.nmi_blocked:
+    if vcpu.state.nmi_blocked or not vcpu.cpu.svm.gif:
         return
     after_mov_ss = vcpu.state.shadow == SHADOW_MOV_SS and vcpu.cpu.in_shadow()
     if after_mov_ss or vcpu.cpu.mid_instruction() or vcpu.cpu.debug.trap_pending():
@@ -121,7 +163,9 @@ def kvm_apic_accept_events(vcpu: VcpuX86) -> None:
     apic = vcpu.apic
     if apic is None or not apic.pending_events:
         return
-    if vcpu.smm.active:  # INIT waits for the end of SMM, SIPI is lost
+    check_nested_events(vcpu)
+    # INIT waits for the end of SMM, or for GIF; SIPI is lost.
+    if vcpu.smm.active or not vcpu.cpu.svm.gif:
         with vcpu.kvm.irqchip.lock:
             apic.take_sipi()
         return
@@ -160,7 +204,7 @@ def kvm_arch_vcpu_runnable(vcpu: VcpuX86) -> bool:
         return True
     if (vcpu.apic is not None and vcpu.apic.pv_unhalted) or vcpu.hv.stimers_due:
         return True
-    if vcpu.nmi_pending or vcpu.exception is not None:
+    if vcpu.nmi_pending or vcpu.exception is not None or vcpu.cpu.svm.virtual_flag():
         return True
     with vcpu.kvm.irqchip.lock:
         return vcpu.cpu.can_take_interrupt() and kvm_cpu_has_interrupt(vcpu)

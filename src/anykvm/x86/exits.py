@@ -46,7 +46,8 @@ def handle_request(vcpu: VcpuX86) -> int:
     """A kick or a tick: whatever it was for is a request, a signal, or an NMI that had to wait."""
     vcpu.stat.irq_exits += 1
     vcpu.look_for_signals = True
-    if vcpu.nmi_pending or vcpu.smm.pending:
+    latched = vcpu.apic is not None and vcpu.apic.pending_events
+    if vcpu.nmi_pending or vcpu.smm.pending or latched:
         vcpu.requests.add(Request.EVENT)
     steal_time_sched_in(vcpu)
     return 1
@@ -96,13 +97,21 @@ def _handle_in(vcpu: VcpuX86, port: int, size: int, count: int) -> int:
         if item is None:
             _exit_io(vcpu, uapi.KVM_EXIT_IO_IN, port, size, count - done)
             left = size * (count - done)
-            vcpu.complete_userspace_io = partial(_complete_in, vcpu, vcpu.state.rip, data, left)
+            complete = partial(_complete_in, vcpu, vcpu.state.rip, data, left)
+            vcpu.complete_userspace_io = _shorter(vcpu, complete)
             return 0
         data += item
     if enabled():
         trace("kvm_pio", write=False, port=port, size=size, count=count, data=data)
     vcpu.cpu.complete_in(data)
     return 1
+
+
+def _shorter(vcpu: VcpuX86, complete: Callable[[], int]) -> Callable[[], int]:
+    """A way to complete a single port access that the next KVM_RUN can take as its short way."""
+    if vcpu.fastpath is None or vcpu.cpu.string_io():
+        return complete
+    return vcpu.fastpath.access()
 
 
 def _complete_in(vcpu: VcpuX86, rip: int, before: bytes, length: int) -> int:
@@ -140,7 +149,8 @@ def _handle_out(vcpu: VcpuX86, port: int, size: int, data: bytes) -> int:
             if _skips_first(vcpu, port, done):
                 vcpu.cpu.complete_out()
             else:
-                vcpu.complete_userspace_io = partial(_complete_out, vcpu, vcpu.state.rip)
+                complete = partial(_complete_out, vcpu, vcpu.state.rip)
+                vcpu.complete_userspace_io = _shorter(vcpu, complete)
             return 0
     vcpu.cpu.complete_out()
     return 1

@@ -13,6 +13,8 @@ AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
 
 
 def native_hypercall(vcpu: VcpuX86) -> bytes:
-    """That of the vendor which the guest's CPUID names."""
+    """That of the vendor which the guest's CPUID names; of L2, the one that its L1 intercepts."""
+    if vcpu.cpu.svm.guest_mode:
+        return VMMCALL
     _, b, c, d = vcpu.cpuid.regs(0)
     return VMMCALL if struct.pack("<III", b, d, c) in AMD_VENDORS else VMCALL

@@ -21,7 +21,7 @@ def get_time_ref_counter(kvm: KvmX86) -> int:
 
 def _parameters(vcpu: VcpuX86) -> tuple[int, int]:
     """(scale, offset): `(tsc * scale >> 64) + offset` is the time."""
-    at, ns, mul, shift = vcpu.pvclock.parameters(vcpu.state.tsc_ratio, vcpu.state.tsc_offset)
+    at, ns, mul, shift = vcpu.pvclock.parameters(vcpu.state.tsc_ratio, vcpu.l1_tsc_offset)
     scale = (mul << 32 + shift) // 100
     return scale, ns // 100 - (at * scale >> 64)
 

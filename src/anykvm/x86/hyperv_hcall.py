@@ -74,7 +74,7 @@ Body = Callable[[VcpuX86, Hcall], int | None]
 
 
 def kvm_hv_hypercall_enabled(vcpu: VcpuX86) -> bool:
-    return vcpu.hv.cpuid.enabled and bool(vcpu.kvm.hv.guest_os_id)
+    return vcpu.uses_hyperv()
 
 
 def _decode(vcpu: VcpuX86) -> Hcall:

@@ -30,6 +30,7 @@ from anykvm.x86.stats import KvmVcpuStat, KvmVmStat
 from anykvm.x86.tsc import host_tsc, host_tsc_khz, scale_tsc, tsc_ratio
 
 if TYPE_CHECKING:
+    from anykvm.x86.fastpath import VcpuFastpath
     from anykvm.x86.irq import InKernelIrqchip
     from anykvm.x86.pmu import PmuEventFilter
 
@@ -232,6 +233,7 @@ class VcpuX86(KvmVcpu):
         self.pvclock = PvClockPage(kvm.clock)
         self.pv_cpuid = PvCpuid()
         self.hv = VcpuHv(self.vcpu_idx)
+        self.cpu.svm.permissions.knows_hyperv = self.uses_hyperv
         self.run_delay = RunDelay()
         self.steal_record_due = False  # the record of steal time is to be written in any case
         self.pv_eoi_pending = False  # the guest may have skipped an EOI
@@ -243,6 +245,7 @@ class VcpuX86(KvmVcpu):
         self.guest_debug = 0  # KVM_GUESTDBG_*
         self.look_for_signals = False
         self.complete_userspace_io: Callable[[], int] | None = None
+        self.fastpath: VcpuFastpath | None = None  # from the first KVM_RUN on
         self.mp_state = MpState.RUNNABLE
         self.apic: Lapic | None = None
         self.lapic_timer: Hrtimer | None = None
@@ -260,7 +263,12 @@ class VcpuX86(KvmVcpu):
         return scale_tsc(host_tsc(), self.state.tsc_ratio)
 
     def guest_tsc(self) -> int:
-        return self.scaled_tsc() + self.state.tsc_offset & MASK64
+        return self.scaled_tsc() + self.l1_tsc_offset & MASK64
+
+    @property
+    def l1_tsc_offset(self) -> int:
+        """Without what a hypervisor in the guest adds for its own guest."""
+        return self.cpu.svm.l1_tsc_offset
 
     def set_guest_tsc(self, value: int) -> None:
         """Make the guest's TSC read `value` now."""
@@ -289,7 +297,8 @@ class VcpuX86(KvmVcpu):
         self.set_tsc_offset(kvm.cur_tsc_offset)
 
     def set_tsc_offset(self, offset: int) -> None:
-        self.state.tsc_offset = offset
+        nested = self.state.tsc_offset - self.l1_tsc_offset
+        self.state.tsc_offset = offset + nested & MASK64
         self._tsc_changed()
 
     def _tsc_changed(self) -> None:
@@ -311,6 +320,10 @@ class VcpuX86(KvmVcpu):
         leaf = cpuid.kvm_features()
         if leaf is not None and self.kvm.disabled_exits & uapi.KVM_X86_DISABLE_EXITS_HLT:
             leaf.eax &= ~(1 << KvmFeature.PV_UNHALT)
+
+    def uses_hyperv(self) -> bool:
+        """`kvm_hv_hypercall_enabled`: the guest has made itself known to Hyper-V's interface."""
+        return self.hv.cpuid.enabled and bool(self.kvm.hv.guest_os_id)
 
     def maxphyaddr(self) -> int:
         """`cpuid_maxphyaddr`: 36 where the guest's CPUID does not say."""

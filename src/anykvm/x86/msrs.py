@@ -33,7 +33,9 @@ MTRR_CAP = 1 << 10 | 1 << 8 | MTRR_VARIABLE  # write-combining, fixed ranges
 MTRR_TYPES = frozenset((0, 1, 4, 5, 6))
 PAT_TYPES = frozenset((0, 1, 4, 5, 6, 7))
 
-EFER_SCE, EFER_LME, EFER_LMA, EFER_NX = 1, 1 << 8, 1 << 10, 1 << 11
+EFER_SCE, EFER_LME, EFER_LMA, EFER_NX, EFER_SVME = 1, 1 << 8, 1 << 10, 1 << 11, 1 << 12
+EFER_OF_FEATURE = {"syscall": EFER_SCE, "lm": EFER_LME | EFER_LMA, "nx": EFER_NX, "svm": EFER_SVME}
+EFER_ALLOWED = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX | EFER_SVME
 CR0_PG = 1 << 31
 
 # IA32_ARCH_CAPABILITIES: what the processor is not vulnerable to, which is all of it.
@@ -194,7 +196,7 @@ _segment_base(0xC0000101, "gs_base", 5)
 def efer_reserved(vcpu: VcpuX86) -> int:
     """The bits of EFER that the guest's CPUID does not give it."""
     allowed = 0
-    for feature, bits in (("syscall", EFER_SCE), ("lm", EFER_LME | EFER_LMA), ("nx", EFER_NX)):
+    for feature, bits in EFER_OF_FEATURE.items():
         if vcpu.cpuid.has(feature):
             allowed |= bits
     return ~allowed & MASK64
@@ -206,13 +208,14 @@ def _read_efer(vcpu: VcpuX86) -> int:
 
 def _write_efer(vcpu: VcpuX86, value: int, host: bool) -> bool:
     """LMA follows CR0.PG and LME; LME is fixed while paging is on."""
-    everything = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX
     old = vcpu.state.efer
-    if value & (~everything if host else efer_reserved(vcpu)):
+    if value & (~EFER_ALLOWED if host else efer_reserved(vcpu)):
         return False
     if not host and vcpu.state.cr0 & CR0_PG and (old ^ value) & EFER_LME:
         return False
     vcpu.state.efer = value if host else value & ~EFER_LMA | old & EFER_LMA
+    if old & ~value & EFER_SVME:
+        vcpu.cpu.svm.reset()
     vcpu.cpu.mode_changed()
     if (old ^ value) & EFER_NX:
         vcpu.cpu.flush_tlb()
@@ -229,9 +232,9 @@ def _write_tsc(vcpu: VcpuX86, value: int, host: bool) -> bool:
     if host:
         vcpu.synchronize_tsc(value)
         return True
-    before = vcpu.state.tsc_offset
+    before = vcpu.l1_tsc_offset
     vcpu.set_guest_tsc(value)
-    change = vcpu.state.tsc_offset - before
+    change = vcpu.l1_tsc_offset - before
     vcpu.msrs[MSR_IA32_TSC_ADJUST] = vcpu.msrs.get(MSR_IA32_TSC_ADJUST, 0) + change & MASK64
     return True
 
@@ -244,7 +247,7 @@ def _write_tsc_adjust(vcpu: VcpuX86, value: int, host: bool) -> bool:
     """A write by the guest moves its TSC by as much; the VMM restores the register alone."""
     if not host:
         change = value - vcpu.msrs.get(MSR_IA32_TSC_ADJUST, 0)
-        vcpu.set_tsc_offset(vcpu.state.tsc_offset + change & MASK64)
+        vcpu.set_tsc_offset(vcpu.l1_tsc_offset + change & MASK64)
     vcpu.msrs[MSR_IA32_TSC_ADJUST] = value
     return True
 
@@ -298,7 +301,7 @@ def update_pvclock(vcpu: VcpuX86) -> None:
     msr = vcpu.msrs.get(MSR_KVM_SYSTEM_TIME_NEW, 0)
     if msr & KVM_MSR_ENABLED:
         kvm = vcpu.kvm
-        ratio, offset = vcpu.state.tsc_ratio, vcpu.state.tsc_offset
+        ratio, offset = vcpu.state.tsc_ratio, vcpu.l1_tsc_offset
         vcpu.pvclock.update(kvm.kvm_read_guest, kvm.kvm_write_guest, msr & ~1, ratio, offset)
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from anykvm.cpu.debug import DebugExit, Debugger
 from anykvm.cpu.state import Exit, State
+
+if TYPE_CHECKING:
+    from anykvm.cpu.svm import SvmUnit
 
 
 class DebugUnit(Protocol):
@@ -51,6 +54,9 @@ class Cpu(Protocol):
     def debug(self) -> DebugUnit: ...
 
     @property
+    def svm(self) -> SvmUnit: ...
+
+    @property
     def rflags(self) -> int: ...
 
     @rflags.setter
@@ -67,6 +73,28 @@ class Cpu(Protocol):
     def memory_may_have_changed(self) -> None: ...
 
     def run(self) -> Exit: ...
+
+    # What the short way of KVM_RUN needs, see fastpath.py.
+
+    @property
+    def native_run(self) -> int:
+        """The address of the native routine behind `run`."""
+
+    def busy(self) -> bool:
+        """Whether `run` has more to do than to enter native code."""
+
+    def enter(self, native: Callable[..., int], *arguments: int) -> int:
+        """Calls a native routine on this vCPU that runs the guest."""
+
+    def resume(self) -> Exit:
+        """Goes on as `run` after `enter` has left native code for something."""
+
+    def rip_behind(self) -> int: ...
+
+    def uncounted(self) -> int: ...
+
+    def string_io(self) -> bool:
+        """Whether the port access that left is of INS or OUTS."""
 
     def set_dirty_ring(self, address: int, entries: int, limit: int) -> None:
         """Written pages of logging slots are noted in the ring; with `limit` entries it is full."""
@@ -93,8 +121,14 @@ class Cpu(Protocol):
     def inject_nmi(self) -> None: ...
 
     def inject_exception(
-        self, vector: int, error_code: int | None = None, cr2: int | None = None
-    ) -> None: ...
+        self,
+        vector: int,
+        error_code: int | None = None,
+        cr2: int | None = None,
+        *,
+        injected: bool = False,
+    ) -> None:
+        """`injected`: its delivery had begun, so a hypervisor in the guest cannot intercept it."""
 
     def inject_breakpoint(self) -> None: ...
 

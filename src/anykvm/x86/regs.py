@@ -14,7 +14,7 @@ from anykvm.kvm.ioctl import In, Out
 from anykvm.uapi import kvm as uapi
 from anykvm.x86.cpuid import FEATURES
 from anykvm.x86.kvm_host import Request, VcpuX86
-from anykvm.x86.msrs import EFER_LMA, EFER_LME, write_apic_base
+from anykvm.x86.msrs import EFER_LMA, EFER_LME, EFER_SVME, write_apic_base
 from anykvm.x86.tables import vcpu_ioctls
 
 # The order of the ABI against the processor's own (RAX RCX RDX RBX RSP RBP RSI RDI R8...).
@@ -139,6 +139,8 @@ def _check_sregs(vcpu: VcpuX86, sregs: Sregs) -> None:
 def _set_sregs_common(vcpu: VcpuX86, sregs: Sregs) -> None:
     _check_sregs(vcpu, sregs)
     state = vcpu.state
+    if state.efer & ~sregs.efer & EFER_SVME:
+        vcpu.cpu.svm.reset()
     state.gdt_base, state.gdt_limit = sregs.gdt.base, sregs.gdt.limit
     state.idt_base, state.idt_limit = sregs.idt.base, sregs.idt.limit
     for name in ("cr0", "cr2", "cr3", "cr4", "efer"):

@@ -71,6 +71,7 @@ def reset_cpu(cpu: Cpu, init_event: bool, signature: int) -> None:
     _reset_system(state, init_event)
     if not init_event:
         _reset_units(state)
+    cpu.svm.reset()
     cpu.debug.drop_trap()
     cpu.debug.changed()
     cpu.mode_changed()

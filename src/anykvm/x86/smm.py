@@ -25,6 +25,7 @@ from anykvm.x86.msrs import (
     enter,
 )
 from anykvm.x86.regs import CR4_ALLOWED, CR4_PAE, RFLAGS_FIXED, load_pdptrs, pae_paging
+from anykvm.x86.svm import svm_enter_smm, svm_leave_smm
 from anykvm.x86.tables import vcpu_ioctls
 
 MSR_SMI_COUNT, MSR_IA32_SMBASE = 0x34, 0x9E
@@ -68,7 +69,9 @@ class SmramState64(ctypes.Structure):
         ("int_shadow", c_uint8),
         ("reserved1", c_uint32),
         ("efer", c_uint64),
-        ("svm", c_uint64 * 3),
+        ("svm_guest_flag", c_uint64),
+        ("svm_guest_vmcb_gpa", c_uint64),
+        ("svm_guest_virtual_int", c_uint64),
         ("reserved2", c_uint32 * 3),
         ("revision", c_uint32),
         ("smbase", c_uint32),
@@ -133,7 +136,7 @@ def kvm_inject_smi(vcpu: VcpuX86) -> bool:
 
 
 def smi_allowed(vcpu: VcpuX86) -> bool:
-    return vcpu.smm.pending and not vcpu.smm.active
+    return vcpu.smm.pending and not vcpu.smm.active and vcpu.cpu.svm.gif
 
 
 def reset_smm(vcpu: VcpuX86, init_event: bool) -> None:
@@ -220,6 +223,8 @@ def enter_smm(vcpu: VcpuX86) -> None:
     state, smm = vcpu.state, vcpu.smm
     area: SmramState = SmramState64() if vcpu.cpuid.has("lm") else SmramState32()
     _save_state(vcpu, area)
+    if isinstance(area, SmramState64) and not svm_enter_smm(vcpu, area):
+        vcpu.requests.add(Request.TRIPLE_FAULT)
     kvm_smm_changed(vcpu, True)
     _write_smram(vcpu, bytes(area))
     smm.inside_nmi = bool(state.nmi_blocked)
@@ -232,6 +237,7 @@ def enter_smm(vcpu: VcpuX86) -> None:
     _load_smm_segments(vcpu)
     if vcpu.cpuid.has("lm"):
         state.efer = 0
+    vcpu.cpu.svm.reset()  # with EFER.SVME goes its guest mode
     vcpu.update_cpuid_runtime()
     vcpu.cpu.debug.changed()
     vcpu.cpu.mode_changed()
@@ -276,7 +282,8 @@ def emulate_rsm(vcpu: VcpuX86) -> bool:
         vcpu.state.nmi_blocked = 0
     kvm_smm_changed(vcpu, False)
     trace("kvm_enter_smm", vcpu_id=vcpu.vcpu_id, smbase=vcpu.smm.smbase, entering=False)
-    if not _load_state(vcpu, area):
+    nested = not isinstance(area, SmramState64) or svm_leave_smm(vcpu, area)
+    if not nested or not _load_state(vcpu, area):
         vcpu.requests.add(Request.TRIPLE_FAULT)
     vcpu.update_cpuid_runtime()
     vcpu.cpu.debug.changed()

@@ -2,7 +2,7 @@
 what Linux does not have.
 
 Linux's names come first, in its order. Where a software processor has nothing of the kind (shadow
-pages, nested guests, halt polling, the host's L1D and FPU) they stay 0; docs/stat.md says which.
+pages, halt polling, the host's L1D and FPU) they stay 0; docs/stat.md says which.
 What native code counts is in the vCPU's `State` and is brought here when its thread is in Python.
 """
 
@@ -114,17 +114,25 @@ class KvmVcpuStat(KvmVcpuStatGeneric):
     userspace_exits: ByExitReason
 
 
+# What native code counts, and where in the State.
+PUBLISHED = {
+    "instructions": "insn_count",
+    "exceptions": "count_exception",
+    "pf_taken": "count_tlb_fill",
+    "pf_fixed": "count_tlb_filled",
+    "pf_guest": "count_page_fault",
+    "tlb_flush": "count_flush",
+    "invlpg": "count_invlpg",
+    "insn_emulation": "count_assist",
+    "nested_run": "count_nested_run",
+}
+
+
 def publish_vcpu(vcpu: VcpuX86) -> None:
     """Bring in what native code has counted. On the vCPU's own thread."""
-    stat, state = vcpu.stat, vcpu.state
-    stat.instructions = state.insn_count
-    stat.exceptions = state.count_exception
-    stat.pf_taken = state.count_tlb_fill
-    stat.pf_fixed = state.count_tlb_filled
-    stat.pf_guest = state.count_page_fault
-    stat.tlb_flush = state.count_flush
-    stat.invlpg = state.count_invlpg
-    stat.insn_emulation = state.count_assist
+    for counter, field in PUBLISHED.items():
+        setattr(vcpu.stat, counter, getattr(vcpu.state, field))
+    vcpu.stat.guest_mode = vcpu.cpu.svm.guest_mode
 
 
 def count_userspace_exit(vcpu: VcpuX86) -> None:

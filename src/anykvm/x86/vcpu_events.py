@@ -132,6 +132,7 @@ def set_vcpu_events(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
 
 def _set_smm(vcpu: VcpuX86, events: uapi.kvm_vcpu_events) -> None:
     if vcpu.smm.active != bool(events.smi.smm):
+        vcpu.cpu.svm.leave()
         kvm_smm_changed(vcpu, bool(events.smi.smm))
     vcpu.smm.pending = bool(events.smi.pending)
     if vcpu.smm.active:

@@ -188,7 +188,7 @@ def kvm_vcpu_ioctl_has_device_attr(vcpu: VcpuX86, attr: uapi.kvm_device_attr) ->
 def kvm_vcpu_ioctl_get_device_attr(vcpu: VcpuX86, attr: uapi.kvm_device_attr) -> None:
     """The offset of the guest's TSC from the host's."""
     _tsc_offset_attr(attr)
-    vcpu.kvm.mm.write(attr.addr, bytes(c_uint64(vcpu.state.tsc_offset)))
+    vcpu.kvm.mm.write(attr.addr, bytes(c_uint64(vcpu.l1_tsc_offset)))
 
 
 @vcpu_ioctls.row(

@@ -24,6 +24,7 @@ from anykvm.x86.events import (
     ready_for_interrupt_injection,
 )
 from anykvm.x86.exits import EXIT_HANDLERS, handle_dirty_ring_full
+from anykvm.x86.fastpath import VcpuFastpath, Way
 from anykvm.x86.halt_poll import halt_poll, halt_poll_adjust
 from anykvm.x86.hyperv import HV_REQUESTS, handle_hv_requests
 from anykvm.x86.hyperv_clock import kvm_hv_setup_tsc_page
@@ -38,31 +39,45 @@ from anykvm.x86.steal_time import (
     steal_time_sched_in,
     steal_time_set_preempted,
 )
+from anykvm.x86.svm import nested_triple_fault
 from anykvm.x86.sync_regs import store_regs, sync_regs
 from anykvm.x86.vapic import kvm_lapic_sync_from_vapic, kvm_lapic_sync_to_vapic
 
 
 def kvm_arch_vcpu_ioctl_run(vcpu: VcpuX86) -> int:
     """KVM_RUN with signals held back, see kvm/sigset.py."""
+    fastpath = vcpu.fastpath
+    if fastpath is None:
+        fastpath = vcpu.fastpath = VcpuFastpath(vcpu)
     vcpu.sigset.activate()
-    vcpu.cpu.memory_may_have_changed()
-    lapic_timer_load(vcpu)
     try:
-        vcpu.run.flags = 0
-        if vcpu.run.kvm_valid_regs & ~uapi.KVM_SYNC_X86_VALID_FIELDS:
-            raise fail(EINVAL, f"kvm_valid_regs is {vcpu.run.kvm_valid_regs:#x}")
-        try:
-            _run(vcpu)
-        finally:
-            if vcpu.run.kvm_valid_regs:
-                store_regs(vcpu)
-            _post_kvm_run_save(vcpu)
-            publish_vcpu(vcpu)
-            count_userspace_exit(vcpu)
+        way = fastpath.enter()
+        if way is not Way.DONE:
+            _ioctl_run(vcpu, left=way is Way.LEFT)
     finally:
         lapic_timer_put(vcpu)
         vcpu.sigset.deactivate()
     return 0
+
+
+def _ioctl_run(vcpu: VcpuX86, left: bool) -> None:
+    """`left`: the guest was entered, and what it has left for is still to be dealt with."""
+    try:
+        if left:
+            vcpu_run(vcpu, left=True)
+            return
+        vcpu.cpu.memory_may_have_changed()
+        lapic_timer_load(vcpu)
+        vcpu.run.flags = 0
+        if vcpu.run.kvm_valid_regs & ~uapi.KVM_SYNC_X86_VALID_FIELDS:
+            raise fail(EINVAL, f"kvm_valid_regs is {vcpu.run.kvm_valid_regs:#x}")
+        _run(vcpu)
+    finally:
+        if vcpu.run.kvm_valid_regs:
+            store_regs(vcpu)
+        _post_kvm_run_save(vcpu)
+        publish_vcpu(vcpu)
+        count_userspace_exit(vcpu)
 
 
 def _run(vcpu: VcpuX86) -> None:
@@ -99,7 +114,10 @@ def _nothing_to_report(vcpu: VcpuX86) -> int:
     """Whether no exit would be forgotten if the state were read now."""
     if not _finish_instruction(vcpu):
         return 0
-    return vcpu.requests.isdisjoint(EXIT_REQUESTS) or _handle_requests(vcpu)
+    reported = EXIT_REQUESTS
+    if vcpu.kvm.triple_fault_event:  # KVM_GET_VCPU_EVENTS tells of it
+        reported = reported - {Request.TRIPLE_FAULT}
+    return vcpu.requests.isdisjoint(reported) or _handle_requests(vcpu)
 
 
 def _leave_at_once(vcpu: VcpuX86) -> None:
@@ -135,9 +153,11 @@ def _interrupted(vcpu: VcpuX86) -> OSError:
     return fail(EINTR, "KVM_RUN was interrupted")
 
 
-def vcpu_run(vcpu: VcpuX86) -> None:
-    """Until an exit for userspace; EINTR."""
+def vcpu_run(vcpu: VcpuX86, *, left: bool = False) -> None:
+    """Until an exit for userspace; EINTR. `left`: the guest has just left native code."""
     vcpu.has_run = True
+    if left and not leave_guest(vcpu, vcpu.cpu.resume()):
+        return
     # Another process's thread may be out of this call before we know, and read this at once.
     vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
     while True:
@@ -173,7 +193,11 @@ def vcpu_enter_guest(vcpu: VcpuX86, *, finishing: bool = False) -> int:
     if vcpu.requests:
         vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
         return 1
-    exit_kind = vcpu.cpu.run()
+    return leave_guest(vcpu, vcpu.cpu.run(), finishing=finishing)
+
+
+def leave_guest(vcpu: VcpuX86, exit_kind: Exit, *, finishing: bool = False) -> int:
+    """The guest has left: its exit is handled."""
     vcpu.stat.exits += 1
     vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
     kvm_lapic_sync_from_vapic(vcpu)
@@ -210,8 +234,9 @@ def _handle_requests(vcpu: VcpuX86) -> int:
         return 0
     if Request.TRIPLE_FAULT in requests:
         requests.discard(Request.TRIPLE_FAULT)
-        vcpu.run.exit_reason = uapi.KVM_EXIT_SHUTDOWN
-        return 0
+        if not nested_triple_fault(vcpu):
+            vcpu.run.exit_reason = uapi.KVM_EXIT_SHUTDOWN
+            return 0
     if Request.EVENT in requests:
         requests.discard(Request.EVENT)
         vcpu.stat.req_event += 1

@@ -3,7 +3,7 @@ halt polling, machine-wide features. `capability.py` has the others.
 
 arch/x86/kvm/x86.c, `kvm_vm_ioctl_check_extension` and `kvm_vm_ioctl_enable_cap`; api.rst 7 and 8.
 What Linux has and this does not, and so is 0: notify VM exits (the processor is never stuck without
-an interrupt window), a MAXPHYADDR below the host's, nested state, SGX, memory encryption.
+an interrupt window), a MAXPHYADDR below the host's, SGX, memory encryption.
 """
 
 from __future__ import annotations

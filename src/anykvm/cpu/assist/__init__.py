@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from iced_x86 import Decoder, EncodingKind, Formatter, FormatterSyntax, Instruction
 
-from anykvm.cpu.assist import far, io, system, vme, xcr
+from anykvm.cpu.assist import far, intercept, io, svm, system, vme, xcr
 from anykvm.cpu.assist.core import ASSISTS, Assist
 from anykvm.cpu.decode import ASSIST
 from anykvm.cpu.faults import GuestFault, Leave
@@ -25,7 +25,7 @@ from anykvm.cpu.unit import CODE_MODE
 if TYPE_CHECKING:
     from anykvm.cpu.processor import Cpu
 
-__all__ = ["execute", "far", "fetch", "io", "system", "vme", "xcr"]
+__all__ = ["execute", "far", "fetch", "io", "svm", "system", "vme", "xcr"]
 
 _formatter = Formatter(FormatterSyntax.NASM)
 
@@ -39,12 +39,12 @@ def linear_rip(cpu: Cpu) -> int:
 
 def fetch(cpu: Cpu) -> bytes:
     """Up to 15 bytes of code at RIP."""
-    linear = linear_rip(cpu)
+    s, linear = cpu.state, linear_rip(cpu)
     room = 4096 - (linear & 0xFFF)
     with cpu.engine.gate.passed():  # no slot is half changed
         host = cpu.fetch_page(linear)
         if host is None:
-            raise cpu.noted_fault()
+            raise cpu.nested_fault() if s.exit_kind == Exit.NESTED_FAULT else cpu.noted_fault()
         data = cpu.host_bytes(host + (linear & 0xFFF), min(15, room))
         if room < 15 and (second := cpu.fetch_page(linear + room)) is not None:
             data += cpu.host_bytes(second, 15 - room)
@@ -59,6 +59,8 @@ def execute(cpu: Cpu) -> None:
     i = Decoder(bits, data, ip=s.rip).decode()
     s.replay_next = 0
     a = Assist(cpu, i)
+    if cpu.svm.guest_mode:
+        intercept.check(a)
     body = ASSISTS.get(a.name)
     if body is None:
         if is_native(cpu, i, data):

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from anykvm.cpu.processor import Cpu
 
 MASK64 = 2**64 - 1
-CR4_UMIP = 1 << 11
 
 
 class Assist:

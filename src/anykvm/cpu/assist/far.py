@@ -5,14 +5,17 @@ from __future__ import annotations
 from anykvm.cpu import events, segments
 from anykvm.cpu.assist import vme
 from anykvm.cpu.assist.core import MASK64, Assist, microcode
+from anykvm.cpu.assist.intercept import check_trap
 from anykvm.cpu.assist.system import mov_special
 from anykvm.cpu.decode import SEGMENT
 from anykvm.cpu.faults import GuestFault
 from anykvm.cpu.guest import GP, NP, TS, UD
 from anykvm.cpu.segments import Descriptor
 from anykvm.cpu.state import STATUS_FLAGS, Flag, Mode, Seg
+from anykvm.cpu.vmcb import TASK_IRET, TASK_JMP, EventType
 
 VECTORS = {"int3": 3, "into": 4, "int1": 1}
+TASKS = frozenset((1, segments.TSS_AVAILABLE, segments.TASK_GATE))
 
 
 @microcode("int", "int3", "into", "int1")
@@ -25,13 +28,16 @@ def software_interrupt(a: Assist) -> None:
     if a.name == "int1":
         cpu.debug.icebp()
     assert a.next_rip is not None
+    if vector is not None:
+        check_trap(a, vector)
+    kind = EventType.EXCEPTION
     if vector is None:
-        vector = int(a.i.immediate8)
+        vector, kind = int(a.i.immediate8), EventType.SOFT
         if vme.redirected(a, vector):
             vme.interrupt_vm86(a, vector, a.next_rip)
             return
     rip, a.next_rip = a.next_rip, None
-    events.deliver(cpu, vector, fault=False, software=a.name != "int1", rip=rip)
+    events.deliver(cpu, vector, fault=False, software=a.name != "int1", rip=rip, kind=kind)
 
 
 def _far_pointer(a: Assist) -> tuple[int, int, int]:
@@ -78,6 +84,8 @@ def _gate(a: Assist, selector: int) -> tuple[int, int, int] | None:
     kinds = {12: 8} if a.s.mode & Mode.LONG else {4: 2, 12: 4}
     if not found.system:
         return None
+    if found.type in TASKS:
+        _switch_task(a, selector, found)
     size = kinds.get(found.type)
     if size is None or found.dpl < max(a.cpu.cpl, selector & 3):
         raise GuestFault(GP, selector & 0xFFFC)
@@ -89,6 +97,15 @@ def _gate(a: Assist, selector: int) -> tuple[int, int, int] | None:
         at = segments.address_of(a.cpu, selector) + 8
         offset |= a.cpu.read_int(at, 4, supervisor=True) << 32
     return raw >> 16 & 0xFFFF, offset, size
+
+
+def _switch_task(a: Assist, selector: int, found: Descriptor) -> None:
+    """To a task that is not busy, directly or through a gate: L1's if that intercepts it."""
+    if a.s.mode & Mode.LONG or found.dpl < max(a.cpu.cpl, selector & 3):
+        return
+    task = found.raw >> 16 & 0xFFFF if found.type == segments.TASK_GATE else selector
+    reason = TASK_JMP if a.name == "jmp" else 0
+    a.cpu.svm.check_task_switch(task, reason, a.next_rip or 0)
 
 
 @microcode("jmp", "call")
@@ -235,9 +252,10 @@ def interrupt_return(a: Assist) -> None:
         s.resume_rip = s.rip
         return
     if cpu.rflags & Flag.NT:
-        raise GuestFault(
-            GP, 0
-        )  # IA-32e mode; elsewhere a task switch, which this processor has not
+        if not s.mode & Mode.LONG:  # to the task that the current one's link names
+            link = cpu.read_int(s.seg[Seg.TR].base, 2, supervisor=True)
+            cpu.svm.check_task_switch(link, TASK_IRET, a.next_rip or 0)
+        raise GuestFault(GP, 0)
     cpl = cpu.cpl
     if flags & Flag.VM and not cpl and not s.mode & Mode.LONG:
         _return_to_vm86(a, rip, selector, flags)

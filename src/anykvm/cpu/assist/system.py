@@ -4,23 +4,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from anykvm.cpu import segments
-from anykvm.cpu.assist.core import CR4_UMIP, MASK64, Assist, microcode, register_name
+from anykvm.cpu.assist.core import MASK64, Assist, microcode, register_name
+from anykvm.cpu.control import (
+    CR0_CD,
+    CR0_ET,
+    CR0_NW,
+    CR0_PE,
+    CR0_PG,
+    CR0_TS,
+    CR0_VALID,
+    CR4_DE,
+    CR4_PAE,
+    CR4_PSE,
+    CR4_UMIP,
+    CR4_VALID,
+    EFER_LMA,
+    EFER_LME,
+)
 from anykvm.cpu.debug import DR6_BD, DR7_GD
 from anykvm.cpu.faults import GuestFault, Leave
 from anykvm.cpu.guest import GP, NP, UD
 from anykvm.cpu.memory import PHYSICAL_BITS
 from anykvm.cpu.state import Exit, Flag, Mode, Seg
 
-CR0_PE, CR0_MP, CR0_TS, CR0_ET, CR0_NW, CR0_CD, CR0_PG = (
-    1, 2, 8, 16, 1 << 29, 1 << 30, 1 << 31,
-)  # fmt: skip
-CR0_VALID = 0xE005_003F
-CR4_DE, CR4_PSE, CR4_PAE = 1 << 3, 1 << 4, 1 << 5
-CR4_FSGSBASE, CR4_OSXSAVE, CR4_SMEP = 1 << 16, 1 << 18, 1 << 20
-# VME, PVI, TSD, DE, PSE, PAE, MCE, PGE, PCE, OSFXSR, OSXMMEXCPT, UMIP, FSGSBASE, OSXSAVE, SMEP
-CR4_VALID = 0x7FF | 1 << 11 | CR4_FSGSBASE | CR4_OSXSAVE | CR4_SMEP
-EFER_LME, EFER_LMA, EFER_NXE = 1 << 8, 1 << 10, 1 << 11
+if TYPE_CHECKING:
+    from anykvm.cpu.processor import Cpu
+
 DR6_FIXED = 0xFFFF_0FF0
 
 
@@ -32,14 +44,19 @@ def mov_special(a: Assist) -> None:
         write_cr(a, int(names[0][2:]), a.reg(1))
     elif names[0].startswith("DR"):
         _write_dr(a, int(names[0][2:]), a.reg(1))
-    elif names[1].startswith("CR"):
+    elif names[1] == "CR8":
         _read_cr8(a)
+    elif names[1].startswith("CR"):
+        a.set_reg(0, getattr(a.s, names[1].lower()))
     else:
         a.set_reg(0, _read_dr(a, int(names[1][2:])))
 
 
 def _read_cr8(a: Assist) -> None:
     """The caller sets `State.cr8`; stepping over the instruction moves it to the register."""
+    if a.cpu.svm.virtual_tpr():
+        a.set_reg(0, a.cpu.svm.v_tpr)
+        return
     a.cpu.on_advance = lambda: a.set_reg(0, a.s.cr8)
     raise Leave(Exit.CR8_READ)
 
@@ -48,6 +65,9 @@ def write_cr(a: Assist, n: int, value: int) -> None:
     if n == 8:
         if value >> 4:
             raise GuestFault(GP, 0)
+        a.cpu.svm.v_tpr = value
+        if a.cpu.svm.virtual_tpr():
+            return
         a.s.cr8 = value
         raise Leave(Exit.CR8_WRITE)
     {0: _write_cr0, 2: _write_cr2, 3: _write_cr3, 4: _write_cr4}[n](a, value)
@@ -74,7 +94,7 @@ def _write_cr0(a: Assist, value: int) -> None:
                 raise GuestFault(GP, 0)
             s.efer |= EFER_LMA
         elif s.cr4 & CR4_PAE:
-            load_pdptes(a, s.cr3)
+            load_pdptes(a.cpu, s.cr3)
     if was and not paging:
         if s.mode & Mode.CODE64:
             raise GuestFault(GP, 0)
@@ -83,21 +103,19 @@ def _write_cr0(a: Assist, value: int) -> None:
     a.cpu.flush_tlb()
 
 
-def load_pdptes(a: Assist, cr3: int) -> None:
+def load_pdptes(cpu: Cpu, cr3: int) -> None:
     """PAE paging keeps its four page-directory pointers in the processor (SDM vol. 3, 4.4.1)."""
     entries = []
-    with a.cpu.engine.gate.passed():  # the slot stays
-        host = a.cpu.memory.host(cr3 & 0xFFFF_FFE0)
-        if host is None:
-            raise GuestFault(GP, 0)
-        table = a.cpu.host_bytes(host, 32)
+    table = cpu.read_guest_physical(cr3 & 0xFFFF_FFE0, 32)
+    if table is None:
+        raise GuestFault(GP, 0)
     for n in range(4):
         entry = int.from_bytes(table[8 * n : 8 * n + 8], "little")
         if entry & 1 and entry & (0x1E6 | (MASK64 >> PHYSICAL_BITS << PHYSICAL_BITS)):
             raise GuestFault(GP, 0)
         entries.append(entry)
     for n, entry in enumerate(entries):
-        a.s.pdpte[n] = entry
+        cpu.state.pdpte[n] = entry
 
 
 def _pae_without_long(a: Assist) -> bool:
@@ -109,7 +127,7 @@ def _write_cr3(a: Assist, value: int) -> None:
     if a.s.mode & Mode.LONG and value >> PHYSICAL_BITS:
         raise GuestFault(GP, 0)
     if _pae_without_long(a):
-        load_pdptes(a, value)
+        load_pdptes(a.cpu, value)
     a.s.cr3 = value
     a.cpu.flush_tlb()
 
@@ -121,7 +139,7 @@ def _write_cr4(a: Assist, value: int) -> None:
     old, s.cr4 = s.cr4, value
     if (old ^ value) & (CR4_PAE | CR4_PSE) and _pae_without_long(a):
         try:
-            load_pdptes(a, s.cr3)
+            load_pdptes(a.cpu, s.cr3)
         except GuestFault:
             s.cr4 = old
             raise
@@ -348,6 +366,13 @@ NOT_OFFERED = """
 def not_in_model(a: Assist) -> None:
     """Features that CPUID does not offer."""
     raise GuestFault(UD)
+
+
+@microcode("rdmsr", "wrmsr")
+def model_specific(a: Assist) -> None:
+    """Where L1 has not asked for this one; all others are native."""
+    a.require_cpl0()
+    raise Leave(Exit.RDMSR if a.name == "rdmsr" else Exit.WRMSR)
 
 
 @microcode("clflush", "cldemote")
