@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SILENCE = 90.0  # seconds without a call before the child counts as hung
-LEAK_KIB = 48 * 1024  # growth after the first rounds that counts as a leak
-WARM_ROUNDS = 2  # until translations, caches and the heap have their size
+LEAK_KIB = 48 * 1024  # growth in the later half of the rounds that counts as a leak
+WARM_ROUNDS = 2  # at least, until translations, caches and the heap have their size
 MAX_WRONG = 20
 
 
@@ -125,6 +125,6 @@ def _enter(report: Report, told: dict[str, object]) -> None:
 
 
 def _check_memory(report: Report) -> None:
-    settled = report.resident[WARM_ROUNDS:]
+    settled = report.resident[max(WARM_ROUNDS, len(report.resident) // 2) :]
     if settled and settled[-1] - settled[0] > LEAK_KIB:
         report.wrong.append(f"resident memory grew: {report.resident} KiB")

@@ -15,10 +15,16 @@ from anykvm.uapi import kvm as uapi
 from anykvm.x86 import fastpath
 from anykvm.x86.fastpath import Way
 
-CODE, PORT = 0x1000, 0x80
-PASSES = 4
+CODE, PORT, DEVICE = 0x1000, 0x80, 0x100000
+PASSES = 8
+COUNTED = ("io_exits", "mmio_exits")
 OUTS = {1: b"\xee", 2: b"\xef", 4: b"\x66\xef"}  # out dx, al; ax; eax
 INS = {1: b"\xec", 2: b"\xed", 4: b"\x66\xed"}
+MMIO = (
+    *(b"\x8a\x07", b"\x8b\x07", b"\x66\x8b\x07"),  # mov al, [bx]; ax; eax
+    *(b"\x88\x07", b"\x89\x07", b"\x66\x89\x07"),  # and back
+    *(b"\xfe\x07", b"\xa5", b"\xa4"),  # inc byte ptr [bx]; movsw; movsb
+)
 LOOP = b"\xee\xeb\xfd"  # out dx, al; jmp to it
 STI, NOP, HLT = b"\xfb", b"\x90", b"\xf4"
 
@@ -50,6 +56,7 @@ class Machine:
         self.vcpu: Vcpu = self.vm.create_vcpu(0)
         sregs = self.vcpu.get_sregs()
         sregs.cs.base = sregs.cs.selector = 0
+        sregs.ds.base = sregs.es.base = DEVICE  # which no slot covers
         self.vcpu.set_sregs(sregs)
         self.set(rip=CODE, rflags=2, rdx=PORT, rsp=0x8000, rax=0x1122334455667788)
 
@@ -60,8 +67,9 @@ class Machine:
         self.vcpu.set_regs(regs)
 
     def give(self, value: int) -> None:
-        """What an IN that has left gets."""
-        data = self.vcpu.io_data()
+        """What an IN or a load that has left gets."""
+        port = self.vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_IO
+        data = self.vcpu.io_data() if port else self.vcpu.mmio_data()
         data[:] = (value & (1 << 8 * len(data)) - 1).to_bytes(len(data), "little")
 
     def exit(self) -> tuple[int, ...]:
@@ -69,6 +77,9 @@ class Machine:
         self.vcpu.run()
         run = self.vcpu.kvm_run
         shared = (run.exit_reason, run.if_flag, run.cr8, run.apic_base, run.flags)
+        if run.exit_reason == uapi.KVM_EXIT_MMIO:
+            mmio = run.mmio
+            return (*shared, mmio.phys_addr, mmio.len, mmio.is_write, *mmio.data)
         if run.exit_reason != uapi.KVM_EXIT_IO:
             return shared
         io = run.io
@@ -96,11 +107,11 @@ def machine() -> Iterator[Callable[..., Machine]]:
 
 
 def program(seed: int) -> bytes:
-    """Port accesses of every size among instructions that show what they did."""
+    """Accesses of every size among instructions that show what they did."""
     rng = random.Random(seed)
     code = b""
     for _ in range(60):
-        code += rng.choice((*OUTS.values(), *INS.values()))
+        code += rng.choice((*OUTS.values(), *INS.values(), *MMIO))
         code += rng.choice((NOP, b"\x66\xd1\xc0", b"\x66\x01\xc3", b"\x66\xf7\xd0", STI, b"\xfa"))
     back = -(len(code) + 3) & 0xFFFF
     return code + b"\xe9" + back.to_bytes(2, "little")
@@ -121,7 +132,7 @@ def test_both_ways_see_the_same(
                 guest.give(rng.getrandbits(32))
         regs = guest.vcpu.get_regs()
         values = [int(getattr(regs, name)) for name, _ in regs._fields_]
-        seen.append((exits, values, guest.vcpu.stats()["io_exits"].value))
+        seen.append((exits, values, [guest.vcpu.stats()[name].value for name in COUNTED]))
     assert seen[0] == seen[1]
     assert ways.count(Way.DONE) > 60  # the first pass has its code translated
     assert ways.count(Way.REFUSED) >= PASSES * 60
@@ -198,6 +209,28 @@ def test_synchronised_registers(machine: Callable[..., Machine], ways: list[Way]
     run.kvm_dirty_regs = uapi.KVM_SYNC_X86_REGS
     guest.exit()
     assert guest.vcpu.io_data()[0] == 0x42
+
+
+def test_a_load_gets_what_userspace_gave(machine: Callable[..., Machine], ways: list[Way]) -> None:
+    guest = machine(b"\x66\x8b\x07\xeb\xfb")  # mov eax, [bx]; jmp to it
+    for value in range(0x1000_0000, 0x1000_0064):
+        guest.exit()
+        if value > 0x1000_0000:
+            assert guest.vcpu.get_regs().rax == value - 1
+        guest.give(value)
+    assert guest.vcpu.stats()["userspace_exits"].values[uapi.KVM_EXIT_MMIO] == 100
+
+
+def test_mmio_of_a_device_in_here_is_answered(
+    machine: Callable[..., Machine], ways: list[Way]
+) -> None:
+    guest = machine(b"\x88\x07\x88\x07" + LOOP, irqchip=True)
+    event = os.eventfd(0)
+    guest.exit()
+    guest.vm.ioeventfd(event, DEVICE, 1)
+    assert guest.exit()[0] == uapi.KVM_EXIT_IO
+    assert os.eventfd_read(event) == 1
+    os.close(event)
 
 
 def test_a_device_that_comes_takes_the_access(

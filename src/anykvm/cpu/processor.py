@@ -534,10 +534,10 @@ class Cpu:
             with self.engine.gate.passed():
                 s.exit_kind = 0
                 found = self._call["nested_look"](self.address, gpa)
+            if not found and s.exit_kind == Exit.NESTED_FAULT:
+                raise self.nested_fault()
             if not found:
-                raise self.nested_fault() if s.exit_kind == Exit.NESTED_FAULT else Leave(
-                    Exit(s.exit_kind)
-                )
+                raise Leave(Exit(s.exit_kind))
             gpa = found & mmu.ADDRESS_MASK | gpa & 0xFFF
         return self.read_physical(gpa, size)
 

@@ -20,7 +20,13 @@ UNIT_INSNS = 64
 UNIT_BRANCHES = 4
 HEAD = struct.Struct("<Q16sQ")
 CODE_MODE = int(
-    Mode.CODE32 | Mode.CODE64 | Mode.STACK32 | Mode.PROTECTED | Mode.NM | Mode.SSE_UD | Mode.SSE_NM
+    Mode.CODE32
+    | Mode.CODE64
+    | Mode.STACK32
+    | Mode.PROTECTED
+    | Mode.NM
+    | Mode.SSE_UD
+    | Mode.SSE_NM
     | Mode.GUEST
 )
 STEP, CODE64 = int(Mode.STEP), int(Mode.CODE64)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 MAX_FOUND = 4096  # look-ups kept
-LOW = 1 << 16  # addresses, and all of a port bus
+SUMMARY = 1 << 16  # bits
 
 
 class KvmBus(IntEnum):
@@ -27,6 +27,9 @@ class KvmBus(IntEnum):
     MMIO_BUS = 0
     PIO_BUS = 1
     VIRTIO_CCW_NOTIFY_BUS = 2  # nothing on x86 writes there; KVM_IOEVENTFD accepts it
+
+
+BUS_SHIFTS = {KvmBus.MMIO_BUS: 12}  # pages; the others have few addresses
 
 
 class KvmIoDevice:
@@ -52,22 +55,18 @@ class KvmIoRange(NamedTuple):
     dev: KvmIoDevice
 
 
-def _bits(ranges: list[KvmIoRange]) -> int:
-    """A bit for each of the low addresses that a range has; its first, if it has none."""
-    bits = 0
-    for r in ranges:
-        if r.addr < LOW:
-            bits |= (1 << max(r.length, 1)) - 1 << r.addr
-    return bits & (1 << LOW) - 1
-
-
 class KvmIoBus:
-    """struct kvm_io_bus. Look-ups take no lock: the lists are replaced, never changed."""
+    """struct kvm_io_bus. Look-ups take no lock: the lists are replaced, never changed.
 
-    def __init__(self) -> None:
+    `summary` is for native code: no device is at an address where bit `address >> shift`, modulo
+    their number, is clear.
+    """
+
+    def __init__(self, shift: int = 0) -> None:
+        self.shift = shift
+        self.summary = bytearray(SUMMARY // 8)
         self._ranges: tuple[list[int], list[KvmIoRange], int] = ([], [], 0)
         self._found: dict[int, list[KvmIoDevice]] = {}  # look-ups since the last change
-        self.low_addresses = bytearray(LOW // 8)  # a bit for each, set where a device is
 
     def __len__(self) -> int:
         return len(self._ranges[1])
@@ -95,7 +94,15 @@ class KvmIoBus:
         longest = max((r.length for r in ranges), default=0)
         self._ranges = ([r.addr for r in ranges], ranges, longest)
         self._found = {}
-        self.low_addresses[:] = _bits(ranges).to_bytes(LOW // 8, "little")
+        self.summary[:] = self._summary(ranges).to_bytes(SUMMARY // 8, "little")
+
+    def _summary(self, ranges: list[KvmIoRange]) -> int:
+        bits, every = 0, (1 << SUMMARY) - 1
+        for r in ranges:
+            first, last = r.addr >> self.shift, r.addr + max(r.length, 1) - 1 >> self.shift
+            run = (1 << min(last - first + 1, SUMMARY)) - 1 << first % SUMMARY
+            bits |= run & every | run >> SUMMARY
+        return bits
 
     def at(self, addr: int) -> list[KvmIoDevice]:
         """The devices to ask about an access to `addr`, mostly none or one."""

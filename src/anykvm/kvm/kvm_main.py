@@ -32,7 +32,7 @@ from anykvm.kvm.dirty_ring import RING_OFFSET, KvmDirtyRing
 from anykvm.kvm.errors import fail
 from anykvm.kvm.eventfd import KvmEventfds
 from anykvm.kvm.ioctl import IoctlTable
-from anykvm.kvm.iodev import KvmBus, KvmIoBus
+from anykvm.kvm.iodev import BUS_SHIFTS, KvmBus, KvmIoBus
 from anykvm.kvm.irqchip import IrqRoutingTable, KernelIrqRoutingEntry
 from anykvm.kvm.memslots import PAGE_SIZE, KvmMemorySlot, KvmMemslots, KvmMrChange
 from anykvm.kvm.sigset import new_sigset
@@ -79,7 +79,7 @@ class Kvm(ABC):
         self.memslots = self.address_spaces[0]
         self.dirty_ring_size = 0  # bytes; 0: there is the dirty log
         self.manual_dirty_log_protect = 0
-        self.buses = {bus: KvmIoBus() for bus in KvmBus}
+        self.buses = {bus: KvmIoBus(BUS_SHIFTS.get(bus, 0)) for bus in KvmBus}
         self.worker = Worker("kvm-vm")
         self.irq_routing = IrqRoutingTable()
         self.irq_ack_notifiers: dict[int, list[Callable[[], None]]] = {}

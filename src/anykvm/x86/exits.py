@@ -22,6 +22,7 @@ from anykvm.x86.emulate import (
     handle_monitor_mwait,
     handle_rsm,
 )
+from anykvm.x86.fastpath import Pending
 from anykvm.x86.guest_debug import handle_debug, stepped_over_halt
 from anykvm.x86.hypercall import handle_vmcall, handle_vmmcall
 from anykvm.x86.kvm_host import MpState, Request, VcpuX86
@@ -98,7 +99,7 @@ def _handle_in(vcpu: VcpuX86, port: int, size: int, count: int) -> int:
             _exit_io(vcpu, uapi.KVM_EXIT_IO_IN, port, size, count - done)
             left = size * (count - done)
             complete = partial(_complete_in, vcpu, vcpu.state.rip, data, left)
-            vcpu.complete_userspace_io = _shorter(vcpu, complete)
+            vcpu.complete_userspace_io = _shorter(vcpu, Pending.IN, complete)
             return 0
         data += item
     if enabled():
@@ -107,11 +108,11 @@ def _handle_in(vcpu: VcpuX86, port: int, size: int, count: int) -> int:
     return 1
 
 
-def _shorter(vcpu: VcpuX86, complete: Callable[[], int]) -> Callable[[], int]:
-    """A way to complete a single port access that the next KVM_RUN can take as its short way."""
+def _shorter(vcpu: VcpuX86, pending: Pending, complete: Callable[[], int]) -> Callable[[], int]:
+    """A way to complete a single access that the next KVM_RUN can take as its short way."""
     if vcpu.fastpath is None or vcpu.cpu.string_io():
         return complete
-    return vcpu.fastpath.access()
+    return vcpu.fastpath.note(pending)
 
 
 def _complete_in(vcpu: VcpuX86, rip: int, before: bytes, length: int) -> int:
@@ -150,7 +151,7 @@ def _handle_out(vcpu: VcpuX86, port: int, size: int, data: bytes) -> int:
                 vcpu.cpu.complete_out()
             else:
                 complete = partial(_complete_out, vcpu, vcpu.state.rip)
-                vcpu.complete_userspace_io = _shorter(vcpu, complete)
+                vcpu.complete_userspace_io = _shorter(vcpu, Pending.OUT, complete)
             return 0
     vcpu.cpu.complete_out()
     return 1
@@ -226,7 +227,8 @@ def _mmio_read(vcpu: VcpuX86, gpa: int, size: int) -> int:
         data = vcpu.kvm.buses[KvmBus.MMIO_BUS].read(vcpu, gpa, size)
     if data is None:
         _exit_mmio(vcpu, gpa, size, None)
-        vcpu.complete_userspace_io = partial(_complete_mmio_read, vcpu, size)
+        complete = partial(_complete_mmio_read, vcpu, size)
+        vcpu.complete_userspace_io = _shorter(vcpu, Pending.MMIO, complete)
         return 0
     trace("kvm_mmio", write=False, gpa=gpa, data=data)
     vcpu.cpu.complete_mmio_read(data)
@@ -248,7 +250,8 @@ def _mmio_write(vcpu: VcpuX86, gpa: int, data: bytes) -> int:
         _watch_tpr(vcpu, offset, write=True)
     elif not (_in_lapic_hole(vcpu, gpa) or vcpu.kvm.buses[KvmBus.MMIO_BUS].write(vcpu, gpa, data)):
         _exit_mmio(vcpu, gpa, len(data), data)
-        vcpu.complete_userspace_io = partial(_complete, vcpu.cpu.complete_mmio_write)
+        complete = partial(_complete, vcpu.cpu.complete_mmio_write)
+        vcpu.complete_userspace_io = _shorter(vcpu, Pending.MMIO, complete)
         return 0
     vcpu.cpu.complete_mmio_write()
     return 1

@@ -1,10 +1,11 @@
-"""KVM_RUN's short way, in native code: the result of a port access goes in, the guest runs, its
-next port access goes out.
+"""KVM_RUN's short way, in native code: what userspace did for an access of the guest goes in, the
+guest runs, its next access goes out.
 
 What Linux calls an exit fastpath, and what a VMM's devices live on. `VcpuFastpath.enter` takes the
 place of vcpu_run.py's way in where nothing at all is to be done but that, and of its way out where
-the guest has left for a single port access that no device in here answers. Whatever else there is,
-it leaves to that, having done nothing (REFUSED) or with the exit still to be dealt with (LEFT).
+the guest has left for a single access, to a port or to memory that no slot covers, which no device
+in here answers. Whatever else there is, it leaves to that, having done nothing (REFUSED) or with
+the exit still to be dealt with (LEFT).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING
 from anykvm.cpu.guest import Routine
 from anykvm.cpu.ir import PTR, Value
 from anykvm.cpu.jit import callable_at, process_jit
-from anykvm.cpu.state import STAY, Exit, Flag, Mode
+from anykvm.cpu.state import REPLAY, STAY, Exit, Flag, Mode, Replay
 from anykvm.fs.trace import enabled
-from anykvm.kvm.iodev import KvmBus
+from anykvm.kvm.iodev import SUMMARY, KvmBus
 from anykvm.kvm.kvm_main import VcpuMode
 from anykvm.uapi import kvm as uapi
 from anykvm.x86.events import ready_for_interrupt_injection
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from anykvm.x86.kvm_host import VcpuX86
 
 PIO_DATA = uapi.KVM_PIO_PAGE_OFFSET * 4096
-RUNNABLE = uapi.KVM_MP_STATE_RUNNABLE
 QUIRKY_PORT = 0x7E  # see exits.py
 MASK32 = (1 << 32) - 1
+PAGE_FRAME = 0xF_FFFF_FFFF_F000
 
 
 class Way(IntEnum):
@@ -45,78 +46,93 @@ class Way(IntEnum):
     DONE = 2
 
 
-class Lane(ctypes.Structure):
-    """What the native code knows of a vCPU besides its `State`.
+class Pending(IntEnum):
+    """The access that userspace was left with."""
 
-    `access` is the size of the port access to complete, or 0; `input` whether data comes in for it.
+    NOTHING = 0
+    OUT = 1
+    IN = 2
+    MMIO = 3
+
+
+class Lane(ctypes.Structure):
+    """What the native code knows of a vCPU besides its `State`: where things are; what KVM_RUN
+    tells of an APIC in here; and the access that is pending, with RIP then, RIP behind it, and how
+    many instructions count with it.
     """
 
     _fields_ = [
         (name, ctypes.c_uint64)
         for name in (
-            *("processor", "run", "stat", "ports", "user_tpr", "cr8", "injectable"),
-            *("access", "input", "rip", "next_rip", "retired"),
+            *("processor", "run", "stat", "ports", "pages"),
+            *("user_tpr", "cr8", "injectable"),
+            *("pending", "size", "rip", "next_rip", "retired"),
         )
     ]
-    access: int
-    input: int
+    cr8: int
+    pending: int
+    size: int
     rip: int
     next_rip: int
     retired: int
-    cr8: int
-    user_tpr: int
-    injectable: int
+
+
+def _offset(struct: type[ctypes.Structure], name: str) -> int:
+    offset: int = getattr(struct, name).offset
+    return offset
 
 
 class _Generator:
     """Writes the native code: the State's fields through `f`, those of others by their structs."""
 
-    def __init__(self) -> None:
-        self.f = Routine("kvm_run_fastpath", "i64", ("lane", PTR))
+    def __init__(self, name: str) -> None:
+        self.f = Routine(name, "i64", ("lane", PTR))
         self.run = self.lane("run").to_ptr()
         self.stat = self.lane("stat").to_ptr()
 
     def lane(self, name: str) -> Value:
         return self._lane_field(name).load("i64", align=8)
 
-    def set_lane(self, name: str, value: Value) -> None:
+    def set_lane(self, name: str, value: Value | int) -> None:
+        if not isinstance(value, Value):
+            value = self.f.const(value, 64)
         self._lane_field(name).store(value, align=8)
 
     def _lane_field(self, name: str) -> Value:
-        offset: int = getattr(Lane, name).offset
-        return self.f["lane"].offset(offset)
+        return self.f["lane"].offset(_offset(Lane, name))
 
-    def shared(self, name: str, member: str = "") -> Value:
-        """A pointer into kvm_run, of which userspace may write each byte at any moment."""
-        offset: int = getattr(uapi.kvm_run, name).offset
-        if member:
-            offset += getattr(uapi.kvm_run_io, member).offset
-        return self.run.offset(offset)
+    def shared(self, name: str, struct: type[ctypes.Structure] | None = None) -> Value:
+        """A pointer into kvm_run, of which userspace may write each byte at any moment; with
+        `struct` to a field of what its union holds.
+        """
+        if struct is None:
+            return self.run.offset(_offset(uapi.kvm_run, name))
+        return self.run.offset(_offset(uapi.kvm_run, "hw") + _offset(struct, name))
+
+    def tell(self, struct: type[ctypes.Structure] | None, **values: Value) -> None:
+        for name, value in values.items():
+            self.shared(name, struct).store(value, volatile=True)
 
     def refuse_if(self, condition: Value) -> None:
         with self.f.If(condition):
             self.f.ret(self.f.const(Way.REFUSED, 64))
 
-    def count(self, name: str, index: int = 0) -> None:
-        at = self.stat.offset(getattr(KvmVcpuStat, name).offset + 8 * index)
-        at.store(at.load("i64", align=8) + 1, align=8)
-
     def generate(self) -> Routine:
         f = self.f
         self._check()
-        with f.If(self.lane("access").ne(0)):
-            self._complete()
+        pending = self.lane("pending")
+        with f.If(pending.eq(int(Pending.MMIO))):
+            self._complete_mmio()
+        with f.Else(), f.If(pending.ne(int(Pending.NOTHING))):
+            self._complete_port(pending.eq(int(Pending.IN)))
         f.set("stay", f.get("stay") + STAY)
         f.set("jump_key", f.get("jump_key") + (1 << 32))
-        self.shared("flags").store(f.const(0, 16), volatile=True)
-        self.shared("exit_reason").store(f.const(uapi.KVM_EXIT_INTR, 32), volatile=True)
+        self.tell(None, flags=f.const(0, 16), exit_reason=f.const(uapi.KVM_EXIT_INTR, 32))
         self.lane("processor").to_ptr().call("void", f.cpu)
-        port = f.get("io_port").zext(64) & 0xFFFF
-        bit = (self.lane("ports") + (port >> 3)).to_ptr().load("i8").zext(64) >> (port & 7)
-        plain = f.get("exit_kind").eq(int(Exit.IO)) & (bit & 1).eq(0) & port.ne(QUIRKY_PORT)
-        with f.If(plain):
-            self._exit_io(port)
-            f.ret(f.const(Way.DONE, 64))
+        with f.If(f.get("exit_kind").eq(int(Exit.IO))):
+            self._exit_io()
+        with f.If(f.get("exit_kind").eq(int(Exit.MMIO))):
+            self._exit_mmio()
         f.ret(f.const(Way.LEFT, 64))
         return f
 
@@ -130,23 +146,25 @@ class _Generator:
         tpr = self.shared("cr8").load("i64", volatile=True)
         self.refuse_if(self.lane("user_tpr").ne(0) & tpr.ne(f.get("cr8").zext(64)))
         self.refuse_if((f.get("mode") & int(Mode.STEP)).ne(0))
-        in_instruction = f.get("rip").eq(f.get("replay_rip"))
-        in_instruction &= f.get("insn_count").eq(f.get("replay_insn"))
-        self.refuse_if(f.get("replay_count").ne(0) & in_instruction)
         waits = f.get("irq_pending").ne(0) & (f.get("flags") & int(Flag.IF)).ne(0)
         self.refuse_if(waits | f.get("tick").ne(0))
         narrow = (f.get("mode") & int(Mode.CODE64)).eq(0)
         self.refuse_if(narrow & f.get("rip").ugt(MASK32))
-        self.refuse_if(self.lane("access").ne(0) & f.get("rip").ne(self.lane("rip")))
+        inside = f.get("rip").eq(f.get("replay_rip")) & f.get("insn_count").eq(f.get("replay_insn"))
+        inside &= f.get("replay_count").ne(0)
+        pending = self.lane("pending")
+        self.refuse_if(inside & pending.ne(int(Pending.MMIO)))
+        self.refuse_if(pending.ne(0) & f.get("rip").ne(self.lane("rip")))
+        self.refuse_if(f.get("replay_count").uge(REPLAY))
 
     def _mask(self, size: Value) -> Value:
         """Of the bytes of an access, in 64 bits."""
         return (self.f.const(1, 64) << (size << 3)) - 1
 
-    def _complete(self) -> None:
+    def _complete_port(self, incoming: Value) -> None:
         """The access's data into RAX, and on to the next instruction."""
-        f, size = self.f, self.lane("access")
-        with f.If(self.lane("input").ne(0)):
+        f, size = self.f, self.lane("size")
+        with f.If(incoming):
             data = self.run.offset(PIO_DATA).load("i32", volatile=True).zext(64)
             mask = self._mask(size)
             kept = size.eq(4).select(f.const(0, 64), f.get("gpr[0]") & ~mask)
@@ -155,75 +173,112 @@ class _Generator:
         f.set("insn_count", f.get("insn_count") + self.lane("retired"))
         f.set("replay_count", 0)
 
-    def _exit_io(self, port: Value) -> None:
-        f, io = self.f, "io"
-        size = f.get("io_size").zext(64)
+    def _complete_mmio(self) -> None:
+        """The instruction is executed again, and takes the data."""
+        f, count = self.f, self.f.get("replay_count")
+        at = f.field("replay").offset(count.zext(64) * ctypes.sizeof(Replay))
+        data = self.shared("data", uapi.kvm_run_mmio).load("i64", volatile=True)
+        at.offset(_offset(Replay, "data")).store(data, align=8)
+        f.set("replay_count", count + 1)
+
+    def _leave_if(self, condition: Value) -> None:
+        with self.f.If(condition):
+            self.f.ret(self.f.const(Way.LEFT, 64))
+
+    def _summarised(self, bus: str, at: Value) -> Value:
+        """Whether a device of ours may be there, see KvmIoBus."""
+        bit = at & (SUMMARY - 1)
+        return ((self.lane(bus) + (bit >> 3)).to_ptr().load("i8") >> (bit & 7).trunc(8)).trunc(1)
+
+    def _exit_io(self) -> None:
+        f = self.f
+        port, size = f.get("io_port").zext(64), f.get("io_size").zext(64)
+        self._leave_if(self._summarised("ports", port) | port.eq(QUIRKY_PORT))
         incoming = f.get("io_in").ne(0)
         with f.If(incoming ^ 1):
             at, mask = self.run.offset(PIO_DATA), self._mask(size)
             before = at.load("i32").zext(64) & ~mask
             at.store((before | f.get("gpr[0]") & mask).trunc(32), volatile=True)
-        direction = incoming.select(
-            f.const(uapi.KVM_EXIT_IO_IN, 8), f.const(uapi.KVM_EXIT_IO_OUT, 8)
+        come, go = f.const(uapi.KVM_EXIT_IO_IN, 8), f.const(uapi.KVM_EXIT_IO_OUT, 8)
+        self.tell(
+            uapi.kvm_run_io,
+            direction=incoming.select(come, go),
+            size=size.trunc(8),
+            port=port.trunc(16),
+            count=f.const(1, 32),
+            data_offset=f.const(PIO_DATA, 64),
         )
-        for member, value in (
-            ("direction", direction),
-            ("size", size.trunc(8)),
-            ("port", port.trunc(16)),
-            ("count", f.const(1, 32)),
-            ("data_offset", f.const(PIO_DATA, 64)),
-        ):
-            self.shared(io, member).store(value, volatile=True)
-        self._note_access(size, incoming)
-        tpr = self.lane("user_tpr").ne(0).select(f.get("cr8").zext(64), self.lane("cr8"))
-        for name, value in (
-            ("if_flag", ((f.get("flags") >> 9) & 1).trunc(8)),
-            ("cr8", tpr),
-            ("apic_base", f.get("apic_base")),
-            ("ready_for_interrupt_injection", self.lane("injectable").trunc(8)),
-            ("exit_reason", f.const(uapi.KVM_EXIT_IO, 32)),
-        ):
-            self.shared(name).store(value, volatile=True)
-        self._count()
+        kinds = f.const(Pending.IN, 64), f.const(Pending.OUT, 64)
+        self.set_lane("pending", incoming.select(*kinds))
+        self._note_end()
+        self._done(uapi.KVM_EXIT_IO, size, "io_exits")
 
-    def _note_access(self, size: Value, incoming: Value) -> None:
-        """For `_complete`: what, and where the instruction begins and ends."""
+    def _exit_mmio(self) -> None:
+        f, gpa, size = self.f, self.f.get("mmio_gpa"), self.f.get("mmio_size").zext(64)
+        own_apic = (gpa ^ f.get("apic_base")) & PAGE_FRAME
+        self._leave_if(own_apic.eq(0) & self.lane("user_tpr").eq(0))
+        self._leave_if(self._summarised("pages", gpa >> 12))
+        write = f.get("mmio_write").ne(0)
+        whole = size.eq(8).select(f.const(-1, 64), self._mask(size))
+        data = write.select(f.get("mmio_data") & whole, f.const(0, 64))
+        self.tell(
+            uapi.kvm_run_mmio,
+            phys_addr=gpa,
+            data=data,
+            len=size.trunc(32),
+            is_write=write.zext(8),
+        )
+        self.set_lane("pending", int(Pending.MMIO))
+        self._done(uapi.KVM_EXIT_MMIO, size, "mmio_exits")
+
+    def _note_end(self) -> None:
+        """Where the instruction ends that left."""
         f = self.f
         index = (f.get("exit_record") - f.get("records")) >> 2  # 8 bytes for each record's 32
         rips = (f.get("records_rip") + index).to_ptr()
         length = (rips.offset(8).load("i64") - rips.load("i64")) & 0xFFFF
         flat = (f.get("mode") & int(Mode.CODE64)).ne(0)
         behind = f.get("rip") + length
-        self.set_lane("rip", f.get("rip"))
         self.set_lane("next_rip", flat.select(behind, behind & MASK32))
-        self.set_lane("access", size)
-        self.set_lane("input", incoming.zext(64))
 
-    def _count(self) -> None:
+    def _done(self, reason: int, size: Value, exits: str) -> None:
         f = self.f
-        self.count("exits")
-        self.count("io_exits")
-        self.count("userspace_exits", uapi.KVM_EXIT_IO)
+        self.set_lane("rip", f.get("rip"))
+        self.set_lane("size", size)
+        own = self.lane("user_tpr").ne(0)
+        self.tell(
+            None,
+            if_flag=((f.get("flags") >> 9) & 1).trunc(8),
+            cr8=own.select(f.get("cr8").zext(64), self.lane("cr8")),
+            apic_base=f.get("apic_base"),
+            ready_for_interrupt_injection=self.lane("injectable").trunc(8),
+            exit_reason=f.const(reason, 32),
+        )
+        for at in (_offset(KvmVcpuStat, "exits"), _offset(KvmVcpuStat, exits)):
+            self._add_one(at)
+        self._add_one(_offset(KvmVcpuStat, "userspace_exits") + 8 * reason)
         for counter, field in PUBLISHED.items():
-            counted = f.get(field).zext(64)
-            self.stat.offset(getattr(KvmVcpuStat, counter).offset).store(counted, align=8)
+            self.stat.offset(_offset(KvmVcpuStat, counter)).store(f.get(field).zext(64), align=8)
+        f.ret(f.const(Way.DONE, 64))
+
+    def _add_one(self, at: int) -> None:
+        count = self.stat.offset(at)
+        count.store(count.load("i64", align=8) + 1, align=8)
 
 
 @cache
 def _native() -> Callable[..., int]:
-    """fastpath(state, lane): a `Way`. Compiled once, and kept under what its code depends on."""
-    text = _Generator().generate().render()
-    name = f"kvm_run_fastpath_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    """fastpath(state, lane): a `Way`. Kept on disk under what it was compiled from."""
+    digest = hashlib.sha256(_Generator("kvm_run_fastpath").generate().render().encode())
+    name = f"kvm_run_fastpath_{digest.hexdigest()[:16]}"
+    (address,) = process_jit().addresses([name], lambda _: [_Generator(name).generate()])
+    pointer = ctypes.c_void_p
+    return callable_at(address, ctypes.c_uint64, pointer, pointer, releases_gil=True)
 
-    def make(_: list[str]) -> list[Routine]:
-        routine = _Generator().generate()
-        routine.name = name
-        return [routine]
 
-    (address,) = process_jit().addresses([name], make)
-    return callable_at(
-        address, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p, releases_gil=True
-    )
+def _address(summary: bytearray) -> int:
+    """Of what is never resized."""
+    return ctypes.addressof((ctypes.c_uint8 * len(summary)).from_buffer(summary))
 
 
 class VcpuFastpath:
@@ -232,35 +287,43 @@ class VcpuFastpath:
     def __init__(self, vcpu: VcpuX86) -> None:
         kvm, self._vcpu = vcpu.kvm, vcpu
         self._call = _native()
-        self._ports = kvm.buses[KvmBus.PIO_BUS].low_addresses
-        self._ports_view = (ctypes.c_uint8 * len(self._ports)).from_buffer(self._ports)
+        self._injectable = kvm.pic_in_kernel()
         self._lane = Lane(
             processor=vcpu.cpu.native_run,
             run=ctypes.addressof(vcpu.run),
             stat=ctypes.addressof(vcpu.stat),
-            ports=ctypes.addressof(self._ports_view),
+            ports=_address(kvm.buses[KvmBus.PIO_BUS].summary),
+            pages=_address(kvm.buses[KvmBus.MMIO_BUS].summary),
             user_tpr=vcpu.apic is None,
-            injectable=kvm.pic_in_kernel(),
+            injectable=self._injectable,
         )
         self._address = ctypes.addressof(self._lane)
-        self._injectable = kvm.pic_in_kernel()
         self.complete = self._complete  # the same object each time
 
-    def access(self) -> Callable[[], int]:
-        """The guest has left for the single port access that the State describes: completes it."""
-        lane, state = self._lane, self._vcpu.state
-        lane.rip, lane.access, lane.input = state.rip, state.io_size, state.io_in
-        lane.next_rip, lane.retired = self._vcpu.cpu.rip_behind(), self._vcpu.cpu.uncounted()
+    def note(self, pending: Pending) -> Callable[[], int]:
+        """The guest has left for a single access that the State describes: completes it."""
+        lane, cpu, state = self._lane, self._vcpu.cpu, self._vcpu.state
+        lane.pending, lane.rip = pending, state.rip
+        if pending is Pending.MMIO:
+            lane.size = state.mmio_size
+        else:
+            lane.size, lane.next_rip, lane.retired = (
+                state.io_size,
+                cpu.rip_behind(),
+                cpu.uncounted(),
+            )
         return self.complete
 
     def _complete(self) -> int:
         """Not on the short way."""
         vcpu, lane = self._vcpu, self._lane
-        if vcpu.state.rip != lane.rip:
+        if lane.pending == Pending.MMIO:
+            vcpu.cpu.complete_mmio_read(bytes(vcpu.run.mmio.data[: lane.size]))
+        elif vcpu.state.rip != lane.rip:
             # Userspace has moved it, to reset the processor for instance.
             vcpu.cpu.drop_io()
-        elif lane.input:
-            vcpu.cpu.complete_in(bytes(vcpu.pio_data[: lane.access]))
+        elif lane.pending == Pending.IN:
+            vcpu.cpu.complete_in(bytes(vcpu.pio_data[: lane.size]))
         else:
             vcpu.cpu.complete_out()
         return 1
@@ -321,6 +384,6 @@ class VcpuFastpath:
         ):
             return True
         if complete is None:
-            self._lane.access = 0
+            self._lane.pending = Pending.NOTHING
         vcpu.touched, vcpu.has_run = False, True
         return False
