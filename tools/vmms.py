@@ -3,7 +3,7 @@
     vmms.py [--list] [--only REGEX] [--limit SECONDS] [--json] [--accel kvm|tcg]
 
 Needs Debian's qemu-system-x86 and qemu-utils (apt-get install both), and apt for the guest's
-kernel; for the case of microsandbox its wheel (pip install microsandbox). Takes 15 minutes or so.
+kernel; for the case of microsandbox its wheel (pip install microsandbox). It takes half an hour.
 With --accel tcg QEMU runs without anykvm, which tells a wrong case from a wrong answer.
 """
 
@@ -22,7 +22,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.vmms import qemu
-from tests.vmms.cases import CASES, Case, Workshop
+from tests.vmms.cases import CASES
+from tests.vmms.workshop import Case, Workshop
 
 
 class Row(NamedTuple):

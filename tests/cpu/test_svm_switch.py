@@ -1,4 +1,6 @@
-"""VMRUN and #VMEXIT: what they load and save, and what they refuse (AMD APM vol. 2, 15.5 and 15.6)."""
+"""VMRUN and #VMEXIT: what they load and save, and what they refuse (AMD APM vol. 2, 15.5 and
+15.6).
+"""
 
 from __future__ import annotations
 

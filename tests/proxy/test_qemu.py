@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from ..vmms import qemu
-from ..vmms.cases import CASES, Case, Workshop
+from ..vmms.cases import CASES
+from ..vmms.workshop import Case, Workshop
 
-FAST = ("seabios-pc-off-1", "seabios-q35-split-2", "seabios-microvm-on-2", "debugger")
+FAST = ("seabios-pc-off-1", "seabios-q35-split-2", "seabios-microvm-on-2", "debugger-pc-on-1")
 LIMIT = 60.0
 
 if qemu.installed():

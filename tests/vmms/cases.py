@@ -5,93 +5,24 @@ them by tests/proxy/test_qemu.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from itertools import product
-from pathlib import Path
 
 from anykvm.vmm.images import cache_folder
 
-from . import qemu
-from .disk import BOOT_ADDRESS, FIRST_INSTRUCTIONS, READ_DONE, TEXT, make_qcow2, make_raw
+from . import devices, life, qemu
+from .disk import BOOT_ADDRESS, FIRST_INSTRUCTIONS, READ_DONE, TEXT
 from .gdb import Gdb
-from .linux import COMMAND_LINE, PROMPT, Linux, obtain
+from .linux import PROMPT
 from .msb import make_root, msb
-from .process import EXEC, CaseError, Console
+from .process import EXEC, Console
 from .qemu import Machine
-from .qmp import Qmp
-
-COUNTER = "n=0; while :; do n=$((n+1)); echo count $n; usleep 50000; done"
-
-
-@dataclass
-class Workshop:
-    """What cases make use of: a folder of theirs, the accelerator; Linux, obtained when asked."""
-
-    folder: Path
-    accel: str = "kvm"
-    limit: float = 240.0
-
-    @functools.cached_property
-    def linux(self) -> Linux:
-        return obtain(self.folder)
-
-    @functools.cached_property
-    def disk(self) -> Path:
-        return make_raw(self.folder / "disk.raw")
-
-    def socket(self, name: str) -> Path:
-        path = self.folder / name
-        path.unlink(missing_ok=True)
-        return path
-
-    def start(self, machine: Machine, *options: str | Path) -> Console:
-        return machine.start(options, self.limit, self.accel)
-
-    def boot_linux(self, machine: Machine, *options: str | Path) -> Console:
-        files = ("-kernel", self.linux.kernel, "-initrd", self.linux.initrd)
-        return self.start(machine, *files, "-append", COMMAND_LINE, *options)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A name and a function that raises CaseError, or OSError, where the VMM fails."""
-
-    name: str
-    run: Callable[[Workshop], None]
-
-
-CASES: list[Case] = []
-
-
-def case(name: str) -> Callable[[Callable[[Workshop], None]], Callable[[Workshop], None]]:
-    def add(function: Callable[[Workshop], None]) -> Callable[[Workshop], None]:
-        CASES.append(Case(name, function))
-        return function
-
-    return add
-
-
-def check(holds: bool, complaint: str) -> None:
-    if not holds:
-        raise CaseError(complaint)
-
-
-def say(console: Console, line: str) -> str:
-    """A line for the guest's shell: what it prints. The shell's echo has the marks in quotes."""
-    console.send(f"echo '<''<'; {line}; echo '>''>'\n")
-    console.expect("<<")
-    printed = console.expect(">>").removesuffix(">>").strip()
-    console.expect(PROMPT)
-    return printed
+from .workshop import Case, Workshop, check, load, say
 
 
 def seabios(workshop: Workshop, machine: Machine) -> None:
     """The BIOS boots from a disk, whose boot sector reads the disk once more."""
-    disk = qemu.ide_disk(workshop.disk)
-    if machine.machine == "microvm":
-        disk = [*qemu.virtio_disk("microvm", workshop.disk), "-bios", qemu.SEABIOS]
-    with workshop.start(machine, *disk) as console:
+    with workshop.start(machine, *qemu.boot_disk(machine.machine, workshop.disk)) as console:
         console.expect(TEXT)
 
 
@@ -102,7 +33,7 @@ def linux(workshop: Workshop, machine: Machine) -> None:
         console.expect(PROMPT)
         found = say(console, "uname -r; nproc").split()
         check(found == [workshop.linux.release, str(machine.cpus)], f"uname, nproc: {found}")
-        say(console, "for m in $(cat /modules/order); do insmod $m; done")
+        load(console, "disk")
         read = say(console, "dd if=/dev/vda bs=512 skip=1 count=1 2>/dev/null | head -1")
         check(TEXT in read, f"/dev/vda: {read!r}")
         say(console, "yes $(seq 100) | head -2000 | md5sum")
@@ -113,63 +44,6 @@ def linux(workshop: Workshop, machine: Machine) -> None:
             check(console.ended() == 0, console.report("QEMU's status is not 0"))
 
 
-for _machine, _irqchip, _cpus in product(qemu.MACHINES, qemu.IRQCHIPS, (1, 2)):
-    _row = Machine(_machine, _irqchip, _cpus)
-    if _row.hangs_in_qemu:
-        continue
-    for _what in (seabios, linux):
-        CASES.append(Case(f"{_what.__name__}-{_row.name}", functools.partial(_what, machine=_row)))
-
-
-def stop_and_cont(console: Console, qmp: Qmp) -> None:
-    """While a guest is stopped it does nothing, and goes on afterwards."""
-    console.send(COUNTER + "\n")
-    console.expect("count 3\r\n")
-    check(qmp.status() == "running", qmp.status())
-    qmp.command("stop")
-    check(qmp.status() == "paused", qmp.status())
-    console.silent(0.5)
-    check(console.silent(1.0), "a stopped guest goes on counting")
-    registers = qmp.monitor("info registers")
-    check("CR3=" in registers and "EFER=" in registers, registers)
-    qmp.command("cont")
-    check(not console.silent(20), "after cont it counts no more")
-    console.send("\x03")
-    console.expect(PROMPT)
-
-
-def save_and_load(console: Console, qmp: Qmp) -> None:
-    """A snapshot brings back what the guest had in its memory, and the guest lives."""
-    say(console, "place=before")
-    said = qmp.monitor("savevm here")
-    check(not said.strip(), f"savevm: {said}")
-    check(say(console, "echo $place; place=after") == "before", "the variable is lost")
-    said = qmp.monitor("loadvm here")
-    check(not said.strip(), f"loadvm: {said}")
-    check(say(console, "echo $place") == "before", "loadvm did not bring the memory back")
-    say(console, "usleep 200000; date")
-
-
-def monitored(workshop: Workshop, machine: Machine) -> None:
-    socket = workshop.socket("qmp")
-    image = make_qcow2(workshop.folder / "disk.qcow2", workshop.disk)
-    disk = qemu.virtio_disk(machine.machine, image, "qcow2")
-    with workshop.boot_linux(machine, *disk, *qemu.monitor(socket)) as console:
-        qmp = Qmp(socket, 60)
-        try:
-            console.expect(PROMPT)
-            stop_and_cont(console, qmp)
-            save_and_load(console, qmp)
-            qmp.command("quit")
-        finally:
-            qmp.close()
-
-
-for _row in (Machine(), Machine("q35", "split", 2), Machine("pc", "off")):
-    CASES.append(Case(f"monitor-{_row.name}", functools.partial(monitored, machine=_row)))
-
-
-@case("sandbox")
 def sandboxed(workshop: Workshop) -> None:
     """QEMU's own seccomp filter besides ours."""
     disk = qemu.ide_disk(workshop.disk)
@@ -177,7 +51,6 @@ def sandboxed(workshop: Workshop) -> None:
         console.expect(TEXT)
 
 
-@case("microsandbox")
 def microsandbox(workshop: Workshop) -> None:
     """msb, which is libkrun and its kernel: a command in a folder's file system, its status."""
     folder = workshop.folder / "msb"
@@ -192,12 +65,11 @@ def microsandbox(workshop: Workshop) -> None:
         check((status, said) == (3, [b"Linux", b"1"]), console.report(f"status {status}"))
 
 
-@case("debugger")
-def debugged(workshop: Workshop) -> None:
+def debugged(workshop: Workshop, machine: Machine) -> None:
     """Breakpoints of both kinds, single steps, registers and memory, in a boot sector."""
     socket = workshop.socket("gdb")
-    options = (*qemu.ide_disk(workshop.disk), *qemu.debugger(socket), "-S")
-    with workshop.start(Machine(), *options) as console:
+    options = (*qemu.boot_disk(machine.machine, workshop.disk), *qemu.debugger(socket), "-S")
+    with workshop.start(machine, *options) as console:
         gdb = Gdb(socket, 60)
         try:
             check("PacketSize" in gdb.features, gdb.features)
@@ -217,3 +89,36 @@ def debugged(workshop: Workshop) -> None:
             check(gdb.interrupt().startswith("T02"), "no stop on request")
         finally:
             gdb.close()
+
+
+def _on(
+    machines: Iterable[Machine], **functions: Callable[[Workshop, Machine], None]
+) -> list[Case]:
+    """A case for each function on each machine."""
+    return [
+        Case(f"{name}-{machine.name}", functools.partial(function, machine=machine))
+        for machine, (name, function) in product(machines, functions.items())
+    ]
+
+
+ALL = [Machine(*row) for row in product(qemu.MACHINES, qemu.IRQCHIPS, (1, 2))]
+SOME = (Machine(), Machine("q35", "split", 2), Machine("pc", "off"))
+
+CASES = [
+    *_on((m for m in ALL if not m.hangs_in_qemu), seabios=seabios, linux=linux),
+    *_on(SOME, monitor=life.monitored),
+    *_on((Machine(), Machine("q35", "split", 2), Machine("microvm")), debugger=debugged),
+    *_on((Machine("q35", "on", 2),), migrate=life.migrated, reset=life.reset),
+    Case("pair", life.pair),
+    Case("ide", devices.ide),
+    Case("snapshot", devices.snapshot),
+    Case("network", devices.network),
+    Case("e1000", devices.e1000),
+    Case("screen", devices.screen),
+    Case("balloon", devices.balloon),
+    Case("four-processors", devices.four_processors),
+    Case("much-memory", devices.much_memory),
+    Case("no-paravirtualization", devices.no_paravirtualization),
+    Case("sandbox", sandboxed),
+    Case("microsandbox", microsandbox),
+]
