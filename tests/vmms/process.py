@@ -13,7 +13,7 @@ from types import TracebackType
 
 ANYKVM = (sys.executable, "-c", "from anykvm.cli.main import main; main()")
 EXEC = (*ANYKVM, "exec", "--backend", "soft", "--")
-SHOWN = 1500
+SHOWN = 6000  # enough for a kernel's last words
 ENDING = 20.0
 
 
