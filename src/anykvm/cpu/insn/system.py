@@ -210,6 +210,22 @@ def _assist_unless(h: Handler, cond: Value) -> None:
         h.leave(Exit.ASSIST)
 
 
+@row("verr", "verw", writes=())
+def verify(i: Insn, name: str) -> None:
+    """Of a data segment in the GDT; others are Python's. Linux has the processor clear buffers by
+    VERW (MDS) on each way to user mode.
+    """
+    h = i.h
+    legal = (h.get("cr0") & 1).ne(0) & (h.get("flags") & int(Flag.VM)).eq(0)
+    _assist_unless(h, legal)
+    selector = i.ops[0].read().resize(64) & 0xFFFF
+    attr = _attr(_descriptor(h, selector)).zext(64)
+    _assist_unless(h, (attr & 0x18).eq(0x10))
+    level, writable = (attr >> 5) & 3, (attr & 2).ne(0)
+    visible = level.uge(h.cpl()) & level.uge(selector & 3)
+    h.flags.set_zf(visible & (writable if name == "verw" else h.true()))
+
+
 @row("iret", writes=(), ends=True)
 def iret(i: Insn) -> None:
     """IRETQ between flat 64-bit segments; any other return is Python's."""
