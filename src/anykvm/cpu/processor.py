@@ -8,189 +8,47 @@ for HLT); one of the `complete_` methods, or `advance`, steps over it. All metho
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-from anykvm.cpu import assist, events, mmu, stepping
+from anykvm.cpu import assist, events, stepping
 from anykvm.cpu.debug import DebugFault, DebugUnit
 from anykvm.cpu.faults import GuestFault, Leave, Shutdown, VmExit
-from anykvm.cpu.flags import read_rflags, write_rflags
 from anykvm.cpu.guest import BP, DB, EVENT, NMI, OF, PF, UD
-from anykvm.cpu.memory import LOG, READONLY
-from anykvm.cpu.state import (
-    BOUNCE,
-    PAGE,
-    REPLAY,
-    STAY,
-    TLB_ENTRIES,
-    TLB_ENTRY,
-    TLB_LIST,
-    TSC_RATIO_BITS,
-    Exit,
-    Flag,
-    Mode,
-    Seg,
-    State,
-    offset_of,
-)
+from anykvm.cpu.guest_access import GuestAccess
+from anykvm.cpu.state import REPLAY, Exit, Flag, Mode
 from anykvm.cpu.svm import PHYSICAL, VIRTUAL, SvmUnit
-from anykvm.cpu.vmcb import EventType, SvmExit
+from anykvm.cpu.vmcb import EventType
 
 if TYPE_CHECKING:
     from anykvm.cpu.engine import Engine
 
-CR0_PE, CR0_MP, CR0_EM, CR0_TS, CR0_PG = 1, 2, 4, 8, 1 << 31
-CR4_PAE, CR4_OSFXSR = 1 << 5, 1 << 9
-EFER_LMA = 1 << 10
-DR6_FIXED = 0xFFFF_0FF0
 MASK64 = 2**64 - 1
 STEP, CODE64 = int(Mode.STEP), int(Mode.CODE64)
-TF, RF, IF, VM = (int(f) for f in (Flag.TF, Flag.RF, Flag.IF, Flag.VM))
+TF, IF = int(Flag.TF), int(Flag.IF)
 RAX, RCX, RDX, RBX = range(4)
 TRAPS = frozenset((DB, BP, OF))
 
 
-class Cpu:
+class Cpu(GuestAccess):
     """A vCPU of an `Engine`."""
 
     def __init__(self, engine: Engine, index: int) -> None:
-        self.engine, self.index = engine, index
-        self.space = 0  # the address space in use, and its memory
-        self.memory = engine.memory
-        self._memory = ctypes.create_string_buffer(ctypes.sizeof(State) + 64)
-        self.address = (ctypes.addressof(self._memory) + 63) & ~63
-        self.state = State.from_address(self.address)
-        page = (ctypes.c_uint8 * PAGE)()
-        self._page, self._page_address = memoryview(page).cast("B"), ctypes.addressof(page)
-        self._call = engine.runtime.call
+        super().__init__(engine, index)
         self._native = self._call["run"]
         self.native_run = engine.runtime.address["run"]  # for other native code to call
         self._requested = False
-        self._shutdown = False
-        self._unfinished: Callable[[], None] | None = None  # what memory was missing for
         self._one_first = False
         self.resets = 0  # of the translator, when native code was last entered
         self._completion: Callable[[bytes], None] | None = None  # of a string I/O instruction
         self._outs: bytes | None = None  # what OUTS sends
         self.on_advance: Callable[[], None] | None = None  # the rest of the instruction that left
-        self.state.stay = index  # and so differs from the other vCPUs'
-        self.state.tlb_listed = TLB_LIST + 1
-        self.state.tsc_ratio = 1 << TSC_RATIO_BITS
         self.debug = DebugUnit(self)
         self.svm = SvmUnit(self)
         self.emulation_text = ""
-        self._supervisor = self.address + offset_of("tlb")
-        self._user = self._supervisor + TLB_ENTRIES * TLB_ENTRY
         self.reset()
-
-    def reset(self) -> None:
-        """As after power-on (SDM vol. 3, 9.1.1)."""
-        s = self.state
-        for n in range(16):
-            s.gpr[n] = 0
-        s.gpr[RDX] = 0x600
-        s.flags = 2
-        self.rflags = 2
-        s.rip = 0xFFF0
-        for n, seg in enumerate(s.seg):
-            seg.selector, seg.base, seg.limit, seg.attr = 0, 0, 0xFFFF, 0x93
-            if n >= Seg.LDTR:
-                seg.attr = 0x82 if n == Seg.LDTR else 0x8B
-        s.seg[Seg.CS].selector, s.seg[Seg.CS].base, s.seg[Seg.CS].attr = 0xF000, 0xFFFF0000, 0x9B
-        s.gdt_base = s.idt_base = 0
-        s.gdt_limit = s.idt_limit = 0xFFFF
-        s.cr0, s.cr2, s.cr3, s.cr4, s.cr8, s.efer, s.xcr0 = 0x60000010, 0, 0, 0, 0, 0, 1
-        s.dr6, s.dr7 = DR6_FIXED, 0x400
-        s.fpu_cw, s.fpu_sw, s.fpu_tag, s.mxcsr = 0x40, 0, 0x5555, 0x1F80
-        s.pat = 0x0007_0406_0007_0406
-        self.debug.reset()
-        self.svm.reset()
-        self.mode_changed()
-
-    # What the caller sees of the state
-    @property
-    def rflags(self) -> int:
-        value = read_rflags(self.state)
-        return value if not value & RF or self.debug.resumes() else value & ~RF
-
-    @rflags.setter
-    def rflags(self, value: int) -> None:
-        write_rflags(self.state, value)
-        if value & RF:
-            self.state.resume_rip = self.state.rip
-
-    @property
-    def cpl(self) -> int:
-        s = self.state
-        if not s.cr0 & CR0_PE:
-            return 0
-        return 3 if s.flags & VM else (s.seg[Seg.SS].attr >> 5) & 3
-
-    def can_take_interrupt(self) -> bool:
-        """IF is set, and no STI, MOV SS or unfinished instruction holds interrupts off."""
-        if self.mid_instruction() or self.debug.pending:
-            return False
-        if not self.svm.idle:
-            return self.svm.can_take_interrupt()
-        return bool(self.state.flags & IF) and not self.in_shadow()
-
-    def in_shadow(self) -> bool:
-        s = self.state
-        return bool(s.shadow and s.rip == s.shadow_rip and s.insn_count == s.shadow_count)
-
-    def mid_instruction(self) -> bool:
-        """The instruction at RIP has made an MMIO access: an event now would have it made twice. Or
-        delivering an event has shut the processor down, which the next `run` says.
-        """
-        s = self.state
-        done = s.replay_count and s.rip == s.replay_rip and s.insn_count == s.replay_insn
-        return bool(done) or self._shutdown or self._unfinished is not None
-
-    def mode_changed(self) -> None:
-        """Recomputes what translations depend on, after control registers, segments or flags were
-        written.
-        """
-        s = self.state
-        mode = 0
-        cs = s.seg[Seg.CS].attr
-        if s.efer & EFER_LMA:
-            mode |= Mode.LONG
-        if s.efer & EFER_LMA and cs & (1 << 13):
-            mode |= Mode.CODE64
-        else:
-            if cs & (1 << 14) and s.cr0 & CR0_PE:
-                mode |= Mode.CODE32
-            if s.seg[Seg.SS].attr & (1 << 14):
-                mode |= Mode.STACK32
-        if s.cr0 & CR0_PE:
-            mode |= Mode.PROTECTED
-        if s.cr0 & (CR0_EM | CR0_TS):
-            mode |= Mode.NM
-        if s.cr0 & CR0_TS:
-            mode |= Mode.SSE_NM
-        if s.cr0 & CR0_EM or not s.cr4 & CR4_OSFXSR:
-            mode |= Mode.SSE_UD
-        if s.flags & TF or self.debug.debugger.single_step:
-            mode |= Mode.STEP
-        if self.svm.guest_mode:
-            mode |= Mode.GUEST
-        if not mode & Mode.CODE64:
-            mode |= (s.seg[Seg.CS].base & 0xFFF) << 16
-        s.mode = mode
-        s.jump_key += 1 << 32
-        s.sse_unmasked = int(~s.mxcsr & 0x1F80 != 0)
-
-    def use_address_space(self, space: int) -> None:
-        """From now on guest-physical addresses are those of the engine's map `space`."""
-        self.space, self.memory = space, self.engine.spaces[space]
-        self.state.physmap = self.memory.address
-        self.flush_tlb()
-
-    def flush_tlb(self) -> None:
-        self._call["flush_tlb"](self.address, 0)
 
     # Requests
     def request_exit(self) -> None:
@@ -204,32 +62,6 @@ class Cpu:
         """Whether `run` is to return IRQ_WINDOW as soon as an interrupt can be taken."""
         s = self.state
         s.irq_pending = s.irq_pending & ~PHYSICAL | (PHYSICAL if pending else 0)
-
-    def memory_may_have_changed(self) -> None:
-        """Userspace ran, and may have written code: pages are compared when next entered."""
-        self.state.stay += STAY
-        self.state.jump_key += 1 << 32
-
-    # The dirty ring
-    def set_dirty_ring(self, address: int, entries: int, limit: int) -> None:
-        """Written pages of logging slots are noted in a ring of struct kvm_dirty_gfn, whose size is
-        a power of two; with `limit` entries it counts as full.
-        """
-        s = self.state
-        s.ring, s.ring_mask, s.ring_limit = address, entries - 1, limit
-        s.ring_index = s.ring_reset = 0
-
-    def dirty_ring_full(self) -> bool:
-        """Whether entries must be collected before the guest goes on."""
-        s = self.state
-        return bool(s.ring_mask) and s.ring_index - s.ring_reset >= s.ring_limit
-
-    def mark_dirty(self, gpa: int, space: int) -> None:
-        """The page at `gpa` of an address space was written other than by the guest."""
-        with self.engine.gate.passed(), self.engine.translator.lock:
-            entry = self.engine.spaces[space].entry(gpa)
-            if entry is not None:
-                self._call["mark_dirty"](self.address, entry)
 
     def finish_instruction(self) -> None:
         """The next `run` executes the one instruction that holds events off, and says REQUEST."""
@@ -376,11 +208,8 @@ class Cpu:
             return self.deal_with_exit()
         raise self.noted_fault()
 
-    def noted_fault(self) -> GuestFault:
-        """The fault that native code left in the state."""
-        s = self.state
-        error = s.exc_error if s.exc_has_error else None
-        return GuestFault(s.exc_vector, error, s.exc_cr2 if s.exc_vector == 14 else None)
+    def _nested_fault(self) -> NoReturn:
+        raise self.nested_fault()
 
     def _emulation(self) -> Exit:
         """An instruction that cannot be executed: its bytes, for whoever is told."""
@@ -461,122 +290,6 @@ class Cpu:
             return stepping.step(self)
         self.execute_one()
         return None if self.state.exit_kind == Exit.REQUEST else self.deal_with_exit()
-
-    # Memory, for microcode in Python
-    def _native_access(self, name: str, va: int, size: int, *, supervisor: bool) -> None:
-        """A native access between guest memory and the bounce buffer. Raises GuestFault, and Leave
-        where only the caller of `run` can help.
-        """
-        s = self.state
-        s.exit_kind = 0
-        tlb = self._supervisor if supervisor or self.cpl != 3 else self._user
-        with self.engine.gate.passed():  # no slot is half changed
-            made = self._call[name](
-                self.address, tlb, va & MASK64, size, s.exit_record, s.insn_count
-            )
-        if made:
-            return
-        if s.exit_kind == Exit.NESTED_FAULT:
-            raise self.nested_fault()
-        if s.exit_kind:
-            raise Leave(Exit(s.exit_kind))
-        raise self.noted_fault()
-
-    def nested_fault(self) -> VmExit:
-        """The fault of nested paging that native code left in the state."""
-        s = self.state
-        return VmExit(SvmExit.NPF, s.nested_fault_error, s.nested_fault_gpa)
-
-    def _nested_fault(self) -> NoReturn:
-        raise self.nested_fault()
-
-    def read(self, va: int, size: int, *, supervisor: bool = False) -> bytes:
-        """`size` bytes at a linear address; raises GuestFault."""
-        data = b""
-        while len(data) < size:
-            part = min(size - len(data), BOUNCE)
-            self._native_access("fetch", va + len(data), part, supervisor=supervisor)
-            data += bytes(self.state.bounce[:part])
-        return data
-
-    def write(self, va: int, data: bytes, *, supervisor: bool = False) -> None:
-        """Writes bytes at a linear address; raises GuestFault, with nothing written."""
-        parts = [(at, data[at : at + BOUNCE]) for at in range(0, len(data), BOUNCE)]
-        for at, part in parts:
-            self._write_access("probe_write", va + at, len(part), supervisor=supervisor)
-        for at, part in parts:
-            ctypes.memmove(self.state.bounce, part, len(part))
-            self._write_access("commit", va + at, len(part), supervisor=supervisor)
-
-    def _write_access(self, name: str, va: int, size: int, *, supervisor: bool) -> None:
-        """Where translated code is in the way, it goes first."""
-        s = self.state
-        while True:
-            try:
-                return self._native_access(name, va, size, supervisor=supervisor)
-            except Leave as leave:
-                if leave.exit is not Exit.CODE_WRITE:
-                    raise
-            self.engine.code_written(s.code_write_gpa, s.code_write_size, self.space)
-
-    def host_bytes(self, address: int, size: int) -> bytes:
-        """Guest memory by its host address, such as `fetch_page` gives, at most a page; Leave where
-        the host has none there.
-        """
-        if not self._call["copy_in"](self.address, self._page_address, address, size):
-            raise Leave(Exit.MEMORY_FAULT)
-        return bytes(self._page[:size])
-
-    def read_guest_physical(self, gpa: int, size: int) -> bytes | None:
-        """As `read_physical`, by an address of what runs: nested paging may come in between."""
-        s = self.state
-        if s.nested_paging:
-            with self.engine.gate.passed():
-                s.exit_kind = 0
-                found = self._call["nested_look"](self.address, gpa)
-            if not found and s.exit_kind == Exit.NESTED_FAULT:
-                raise self.nested_fault()
-            if not found:
-                raise Leave(Exit(s.exit_kind))
-            gpa = found & mmu.ADDRESS_MASK | gpa & 0xFFF
-        return self.read_physical(gpa, size)
-
-    def read_physical(self, gpa: int, size: int) -> bytes | None:
-        """Guest memory within a page; None where no slot has it."""
-        with self.engine.gate.passed():  # no slot is half changed
-            host = self.memory.host(gpa)
-            return self.host_bytes(host, size) if host is not None else None
-
-    def write_physical(self, gpa: int, data: bytes) -> bool:
-        """Writes within a page of guest memory; false where there is none that may be written."""
-        source = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        with self.engine.gate.passed(), self.engine.translator.lock:
-            slot, entry = self.memory.slot_at(gpa), self.memory.entry(gpa)
-            if slot is None or entry is None or slot.flags & READONLY:
-                return False
-            if slot.flags & LOG:
-                self._call["mark_dirty"](self.address, entry)
-            host = slot.hva + gpa - slot.gpa
-            if not self._call["copy_in"](self.address, host, ctypes.addressof(source), len(data)):
-                raise Leave(Exit.MEMORY_FAULT)
-        self.engine.code_written(gpa, len(data), self.space)
-        return True
-
-    def exchange(self, gpa: int, value: int) -> int:
-        """Puts a byte into guest memory, in one step; gives what was there, 0 where nothing is."""
-        with self.engine.gate.passed():
-            host = self.engine.memory.host(gpa)
-            return self._call["exchange"](self.address, host, value) if host is not None else 0
-
-    def read_int(self, va: int, size: int, *, supervisor: bool = False) -> int:
-        return int.from_bytes(self.read(va, size, supervisor=supervisor), "little")
-
-    def fetch_page(self, va: int) -> int | None:
-        """Host address of the page that code at `va` is in; None with the fault noted."""
-        s = self.state
-        s.exit_kind = 0
-        tlb = self._user if self.cpl == 3 else self._supervisor
-        return int(self._call["fetch_page"](self.address, tlb, va & MASK64)) or None
 
     # Events
     def _count_fault(self, fault: GuestFault) -> None:
@@ -819,17 +532,6 @@ class Cpu:
             self.state.gpr[RAX] = value & 0xFFFF_FFFF
             self.state.gpr[RDX] = value >> 32 & 0xFFFF_FFFF
         self.advance(2)
-
-    def translate(self, va: int) -> int | None:
-        """The physical address that a supervisor reads from at a linear one; None if it cannot."""
-        s = self.state
-        if not s.cr0 & CR0_PG:
-            return va
-        if not s.efer & EFER_LMA:
-            va &= 0xFFFF_FFFF
-        with self.engine.gate.passed():  # no slot is half changed
-            found = self._call["look"](self.address, va)
-        return found & mmu.ADDRESS_MASK | va & 0xFFF if found else None
 
     def complete_cpuid(self, eax: int, ebx: int, ecx: int, edx: int) -> None:
         for n, value in ((RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)):

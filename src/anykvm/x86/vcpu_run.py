@@ -161,6 +161,9 @@ def vcpu_run(vcpu: VcpuX86, *, left: bool = False) -> None:
     # Another process's thread may be out of this call before we know, and read this at once.
     vcpu.run.exit_reason = uapi.KVM_EXIT_INTR
     while True:
+        if vcpu.look_for_signals and _called_back(vcpu):
+            _interrupt(vcpu)
+            return
         running = vcpu.mp_state == MpState.RUNNABLE and not vcpu.halted_in_guest
         if not (vcpu_enter_guest(vcpu) if running else vcpu_block(vcpu)):
             return
@@ -168,13 +171,15 @@ def vcpu_run(vcpu: VcpuX86, *, left: bool = False) -> None:
             vcpu.run.exit_reason = uapi.KVM_EXIT_IRQ_WINDOW_OPEN
             vcpu.stat.request_irq_exits += 1
             return
-        if vcpu.look_for_signals or not running:
-            vcpu.look_for_signals = False
-            publish_vcpu(vcpu)
-            publish_vm(vcpu.kvm)
-            if vcpu.sigset.signal_pending() or vcpu.run.immediate_exit:
-                _interrupt(vcpu)
-                return
+        vcpu.look_for_signals |= not running
+
+
+def _called_back(vcpu: VcpuX86) -> bool:
+    """Whether userspace wants its thread back: what a tick has us look for."""
+    vcpu.look_for_signals = False
+    publish_vcpu(vcpu)
+    publish_vm(vcpu.kvm)
+    return vcpu.sigset.signal_pending() or bool(vcpu.run.immediate_exit)
 
 
 def vcpu_enter_guest(vcpu: VcpuX86, *, finishing: bool = False) -> int:
