@@ -122,6 +122,10 @@ class Gate:
 
     def enter(self) -> None:
         self._inside.append(None)
+        if self.closed:
+            self._wait()
+
+    def _wait(self) -> None:
         while self.closed:
             self.leave()
             with self._change:

@@ -51,12 +51,12 @@ def do_ioctl(fd: int, file: File | None, cmd: int, arg: int) -> int:
 
 def vfs_ioctl(fd: int, file: File, cmd: int, arg: int) -> int:
     """The ioctl of a 64-bit caller; ENOTTY where nobody knows the number."""
-    common = _VFS_IOCTLS.get(cmd)
-    if common is not None:
-        return common(fd, file, arg)
-    if file.f_op.unlocked_ioctl is None:
+    if cmd in _VFS_IOCTLS:
+        return _VFS_IOCTLS[cmd](fd, file, arg)
+    driver = file.f_op.unlocked_ioctl
+    if driver is None:
         raise absent("unlocked_ioctl", file)
-    return file.f_op.unlocked_ioctl(file, cmd, arg)
+    return driver(file, cmd, arg)
 
 
 def vfs_compat_ioctl(fd: int, file: File, cmd: int, arg: int) -> int:

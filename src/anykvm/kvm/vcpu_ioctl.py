@@ -87,7 +87,10 @@ def kvm_vcpu_ioctl(file: File, cmd: int, arg: int) -> int:
     vcpu: KvmVcpu = file.private_data
     vcpu.kvm.check_mm()
     with vcpu.mutex:
-        if cmd != uapi.KVM_RUN:
+        if cmd == uapi.KVM_RUN:
+            if not arg and vcpu.dirty_ring is None and not enabled():
+                return vcpu.kvm_arch_vcpu_ioctl_run()  # as below; all others together are rarer
+        else:
             vcpu.touched = True
         if vcpu.dirty_ring is not None:  # nobody else asks for the running vCPU
             with vcpu_load(vcpu):

@@ -76,6 +76,7 @@ class Descriptors:
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
         self._handles: dict[Key, Handle] = {}
+        self.find = self._handles.get  # by what fstat gives; None where it is none of ours
         self._watches: dict[int, Handle] = {}
         self._lock = threading.Lock()
         self._doubtful: dict[int, int] = {}  # by watch: how often to look again
@@ -83,9 +84,6 @@ class Descriptors:
         if self._inotify < 0:
             number = ctypes.get_errno()
             raise OSError(number, f"inotify_init1: {os.strerror(number)}")
-
-    def find(self, key: Key) -> Handle | None:
-        return self._handles.get(key)
 
     def adopt(self, fd: int) -> Handle:
         """Take over a descriptor of a file of ours, to be given to a client."""

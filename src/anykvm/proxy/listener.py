@@ -69,16 +69,16 @@ class Listener:
     def answer(self, notification: int, value: int) -> bool:
         """The call returns `value`, a negative errno for an error; False if its caller is gone."""
         error = value if value < 0 else 0
-        return self._send(abi.NOTIF_RESP.pack(notification, 0 if error else value, error, 0))
+        response = abi.NOTIF_RESP.pack(notification, 0 if error else value, error, 0)
+        with self.gate:
+            return bool(_short(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, response) == 0)
 
     def let_run(self, notification: int) -> None:
         """The kernel carries out the call as it was made."""
         flag = abi.SECCOMP_USER_NOTIF_FLAG_CONTINUE
-        self._send(abi.NOTIF_RESP.pack(notification, 0, 0, flag))
-
-    def _send(self, response: bytes) -> bool:
+        response = abi.NOTIF_RESP.pack(notification, 0, 0, flag)
         with self.gate:
-            return bool(_short(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, response) == 0)
+            _short(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, response)
 
     def give(self, notification: int, fd: int, cloexec: bool) -> int:
         """A duplicate of our `fd` for the caller: its number there. OSError, ENOENT if it left."""
