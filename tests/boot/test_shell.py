@@ -133,7 +133,7 @@ def test_both_processors_work_at_once(shell: Terminal) -> None:
     after, host_after = busy(shell), both_vcpus(pid)
     for cpu in "01":
         jiffies = after[cpu] - before[cpu]
-        assert jiffies > 0.5 * took * JIFFIES_PER_SECOND, (cpu, jiffies, took)
+        assert jiffies > 0.3 * took * JIFFIES_PER_SECOND, (cpu, jiffies, took)
     had = [now - then for then, now in zip(host_before, host_after, strict=True)]
     assert min(had) > 0.2 * took, (had, took)
 

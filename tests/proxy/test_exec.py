@@ -212,6 +212,10 @@ def test_a_killed_client_kills_the_command():
     assert done.returncode == -signal.SIGKILL
 
 
+def test_killed_clients_leave_nothing_behind():
+    assert client("nothing_left", "6") <= 1
+
+
 def test_a_killed_command_kills_the_client():
     process = subprocess.Popen([*EXEC, "--", "sh", "-c", "echo $$; exec sleep 60"], stdout=-1)
     assert process.stdout is not None

@@ -56,6 +56,8 @@ class ClientThread(Task, RemoteThread):
         self.fetched: dict[int, int] = {}  # by descriptor: our duplicate, during a call
         self.fds = os.open(f"/proc/{tid}/fd", O_PATH_DIRECTORY)
         self._status = -1
+        self._closing = threading.Lock()  # our descriptors are not read from meanwhile
+        self.gone = False  # it has ended; what is being carried out for it closes it
 
     @property
     def remote(self) -> RemoteThread:
@@ -90,20 +92,35 @@ class ClientThread(Task, RemoteThread):
 
     def _signals(self) -> tuple[int, ...]:
         """What is pending for this thread, pending for any of its process, blocked by this one."""
-        if self._status < 0:
-            self._status = os.open(f"/proc/{self.tid}/status", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            text = os.pread(self._status, 1 << 13, 0)
-        except ProcessLookupError:
-            return 1, 0, 0
+        with self._closing:
+            if self.gone:
+                return 1, 0, 0
+            try:
+                if self._status < 0:
+                    self._status = os.open(f"/proc/{self.tid}/status", os.O_RDONLY | os.O_CLOEXEC)
+                text = os.pread(self._status, 1 << 13, 0)
+            except (ProcessLookupError, FileNotFoundError):
+                return 1, 0, 0
         at = text.index(b"SigPnd:")
         return tuple(int(text[at + row + 8 : at + row + 24], 16) for row in SIGNAL_ROWS)
 
+    def end(self) -> None:
+        """It has ended: now, or when its KVM_RUN has seen that, it is closed."""
+        self.gone = True
+        tell = self.on_signal
+        if tell is None:
+            self.close()
+        else:
+            tell()
+
     def close(self) -> None:
-        self.forget_fetched()
-        os.close(self.fds)
-        if self._status >= 0:
-            os.close(self._status)
+        with self._closing:
+            self.gone = True
+            self.forget_fetched()
+            ours, self.fds, self._status = (self.fds, self._status), -1, -1
+        for fd in ours:
+            if fd >= 0:
+                os.close(fd)
 
 
 Fetch = Callable[[ClientThread, int], int]
@@ -148,7 +165,8 @@ class Clients:
         if thread is not None:
             try:
                 file = os.stat(str(fd), dir_fd=thread.fds)
-                return thread, (file.st_dev, file.st_ino)
+                if not thread.gone:
+                    return thread, (file.st_dev, file.st_ino)
             except OSError:
                 self.forget(tid)  # its number may be another thread's by now
         with suppress(OSError):
@@ -192,8 +210,8 @@ class Clients:
         """A thread that has ended."""
         with self._lock:
             thread = self._threads.pop(tid, None)
-        if thread is not None and thread.on_signal is None:
-            thread.close()
+        if thread is not None:
+            thread.end()
 
     def forget_process(self, process: Process) -> None:
         """A process that has ended, with all its threads."""

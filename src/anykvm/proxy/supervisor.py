@@ -276,6 +276,8 @@ class Supervisor:
             if handle.runs.long:
                 self._have_another_receive()
             handle.runs.call(self.listener, thread, id, call)
+            if thread.gone:
+                thread.close()
             return
         if command == KVM_CHECK_EXTENSION and argument == KVM_CAP_IMMEDIATE_EXIT:
             thread.process.immediate_exit = True
