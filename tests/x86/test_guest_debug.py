@@ -115,6 +115,18 @@ def test_a_debugger_goes_on_from_its_breakpoint(debugged: Debugged, rewritten: b
     assert [debugged.stop() for _ in range(3)] == [(DB, 2)] * 3  # each time round
 
 
+def test_another_breakpoint_where_it_stands_is_met(debugged: Debugged) -> None:
+    """debug_regs moves its breakpoint from DR0 to DR3."""
+    debugged.load(b"\x90\x90\x90")
+    for n in range(4):
+        addresses = [0] * 4
+        addresses[n] = CODE + 1
+        debugged.debug(ENABLE | HW_BP, *addresses, dr7=DR7 | 1 << 2 * n + 1)
+        assert (debugged.stop(), debugged.dr6) == ((DB, 1), DR6 | 1 << n)
+    debugged.debug(0)
+    assert debugged.vcpu.run() == IO
+
+
 def test_single_steps_over_what_leaves(debugged: Debugged) -> None:
     """debug_regs' sequence with interrupts blocked, and a port the VMM has, a string, HLT."""
     vcpu = debugged.vcpu

@@ -66,6 +66,7 @@ class DebugUnit:
         self.trace = 0  # what completing the instruction at hand will trap for
         self.pending = 0
         self.repeating = False  # the pending trap is between two turns of REP
+        self.stopped_at: int | None = None  # RIP, by an instruction breakpoint of the debugger's
 
     def reset(self) -> None:
         self.trace = self.pending = self.cpu.state.debug_hit = 0
@@ -102,7 +103,10 @@ class DebugUnit:
         """From now on this debugger; `finishing`: an instruction that left is still to be
         completed, and counts as a step.
         """
-        self.debugger = debugger
+        s = self.cpu.state
+        if debugger.registers != self.debugger.registers and s.rip == self.stopped_at:
+            s.flags &= ~RF  # that was for the breakpoint it had; another one there is met
+        self.debugger, self.stopped_at = debugger, None
         self.pending &= ~STEPPED
         stepping = STEPPED if finishing and debugger.single_step else 0
         self.trace = self.trace & ~STEPPED | stepping
@@ -136,7 +140,7 @@ class DebugUnit:
             # VMX saves the RFLAGS that the fault would have pushed (SDM vol. 3, 28.3.3), so a
             # debugger that goes on without more ado gets past its breakpoint.
             cpu.state.flags |= RF
-            cpu.state.resume_rip = cpu.state.rip
+            cpu.state.resume_rip = self.stopped_at = cpu.state.rip
         if hit:
             self.report(hit)
 
