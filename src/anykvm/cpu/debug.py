@@ -66,7 +66,8 @@ class DebugUnit:
         self.trace = 0  # what completing the instruction at hand will trap for
         self.pending = 0
         self.repeating = False  # the pending trap is between two turns of REP
-        self.stopped_at: int | None = None  # RIP, by an instruction breakpoint of the debugger's
+        # RIP, and which of the debugger's instruction breakpoints stopped it there
+        self.stopped: tuple[int, int] | None = None
 
     def reset(self) -> None:
         self.trace = self.pending = self.cpu.state.debug_hit = 0
@@ -103,14 +104,13 @@ class DebugUnit:
         """From now on this debugger; `finishing`: an instruction that left is still to be
         completed, and counts as a step.
         """
-        s = self.cpu.state
-        if debugger.registers != self.debugger.registers and s.rip == self.stopped_at:
-            s.flags &= ~RF  # that was for the breakpoint it had; another one there is met
-        self.debugger, self.stopped_at = debugger, None
+        s, self.debugger = self.cpu.state, debugger
         self.pending &= ~STEPPED
         stepping = STEPPED if finishing and debugger.single_step else 0
         self.trace = self.trace & ~STEPPED | stepping
         self.changed()
+        if self.stopped and s.rip == self.stopped[0] and self._at_rip() & ~self.stopped[1]:
+            s.flags &= ~RF  # that was for another breakpoint there
         self.cpu.mode_changed()
 
     # RF is not cleared by native code: it counts where it was loaded and nowhere else.
@@ -132,17 +132,21 @@ class DebugUnit:
         cpu = self.cpu
         if not cpu.state.watch_kinds & watch.EXECUTE or self.resumes() or self.after_mov_ss():
             return
-        linear, hit = self.pc(), 0
-        for n, found in enumerate(cpu.state.watch):
-            if found.kinds & watch.EXECUTE and found.first == linear:
-                hit |= 1 << n
+        hit = self._at_rip()
         if hit and self.intercepts():
             # VMX saves the RFLAGS that the fault would have pushed (SDM vol. 3, 28.3.3), so a
             # debugger that goes on without more ado gets past its breakpoint.
             cpu.state.flags |= RF
-            cpu.state.resume_rip = self.stopped_at = cpu.state.rip
+            cpu.state.resume_rip = cpu.state.rip
+            self.stopped = cpu.state.rip, hit
         if hit:
             self.report(hit)
+
+    def _at_rip(self) -> int:
+        """The instruction breakpoints there, as DR6 tells them."""
+        linear = self.pc()
+        found = enumerate(self.cpu.state.watch)
+        return sum(1 << n for n, w in found if w.kinds & watch.EXECUTE and w.first == linear)
 
     def begin(self) -> None:
         """An instruction begins that is executed alone."""
