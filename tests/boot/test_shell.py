@@ -131,11 +131,11 @@ def test_both_processors_work_at_once(shell: Terminal) -> None:
     shell.shell(f"{HOG} & {HOG}; wait")
     took = time.monotonic() - began
     after, host_after = busy(shell), both_vcpus(pid)
-    for cpu in "01":
-        jiffies = after[cpu] - before[cpu]
-        assert jiffies > 0.3 * took * JIFFIES_PER_SECOND, (cpu, jiffies, took)
     had = [now - then for then, now in zip(host_before, host_after, strict=True)]
-    assert min(had) > 0.2 * took, (had, took)
+    assert min(had) > 0.1 * took, (had, took)  # on a machine that does other things, too
+    for cpu, seconds in zip("01", had, strict=True):
+        jiffies = after[cpu] - before[cpu]
+        assert jiffies > 0.5 * seconds * JIFFIES_PER_SECOND, (cpu, jiffies, seconds)
 
 
 def test_a_panic_is_shown_and_has_a_status_of_its_own(shell: Terminal) -> None:
