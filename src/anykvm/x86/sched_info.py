@@ -6,8 +6,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 from anykvm.fs.task import current
+
+
+RESOLUTION_NS = 1_000_000
+"""Guests look at their ticks, and a look at schedstat costs as much as a short exit."""
 
 
 def sched_info_on() -> bool:
@@ -22,9 +27,16 @@ class RunDelay:
 
     def __init__(self) -> None:
         self._threads: dict[int, tuple[int, int]] = {}  # schedstat's descriptor, the last delay
+        self._next_look = 0  # in monotonic_ns
 
     def passed(self) -> int:
-        """Since the last call; nothing has for a thread that is here for the first time."""
+        """Since the last look, which is a millisecond ago at least: until then nothing has. Nor has
+        it for a thread that is here for the first time.
+        """
+        now = time.monotonic_ns()
+        if now < self._next_look:
+            return 0
+        self._next_look = now + RESOLUTION_NS
         remote = current().remote
         threads = {threading.get_native_id()} | ({remote.tid} if remote is not None else set())
         for gone in self._threads.keys() - threads:
