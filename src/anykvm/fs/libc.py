@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -38,6 +37,9 @@ _vm_arguments = (
 _ioctl = _function("ioctl", ctypes.c_int, ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
 _readv = _function("process_vm_readv", ctypes.c_ssize_t, *_vm_arguments)
 _writev = _function("process_vm_writev", ctypes.c_ssize_t, *_vm_arguments)
+_file_arguments = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long)
+_pread = _function("pread", ctypes.c_ssize_t, *_file_arguments)
+_pwrite = _function("pwrite", ctypes.c_ssize_t, *_file_arguments)
 _munmap = _function("munmap", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 _mmap = _function(
     "mmap",
@@ -95,4 +97,17 @@ def process_vm_writev(pid: int, local: int, remote: int, length: int) -> int:
     return result
 
 
-VmCopy = Callable[[int, int, int, int], int]
+def pread(fd: int, address: int, length: int, offset: int) -> int:
+    """pread(2) to an address: the bytes that were read."""
+    result: int = _pread(fd, address, length, offset)
+    if result < 0:
+        raise _error()
+    return result
+
+
+def pwrite(fd: int, address: int, length: int, offset: int) -> int:
+    """pwrite(2) from an address: the bytes that were written."""
+    result: int = _pwrite(fd, address, length, offset)
+    if result < 0:
+        raise _error()
+    return result

@@ -1,6 +1,6 @@
 """User memory: reads and writes that fault with EFAULT (`linux/uaccess.h`).
 
-A user address is never dereferenced. process_vm_readv(2) copies, for our own process as for any
+A user address is never dereferenced. The kernel copies (vm_copy.py), for our own process as for any
 other, and stops at the first page that is not there or does not permit the access.
 """
 
@@ -11,7 +11,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, TypeVar
 
-from anykvm.fs import libc
+from anykvm.fs import vm_copy
 
 if TYPE_CHECKING:
     from _ctypes import _CData
@@ -52,7 +52,7 @@ class UserMemory:
         """`length` bytes from `address`; EFAULT where not all of them can be read."""
         buffer = ctypes.create_string_buffer(length) if length else b""
         if not isinstance(buffer, bytes):
-            self._copy(libc.process_vm_readv, ctypes.addressof(buffer), address, length)
+            self._copy(vm_copy.read, ctypes.addressof(buffer), address, length)
             return buffer.raw
         return buffer
 
@@ -62,7 +62,7 @@ class UserMemory:
         if data:
             local = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
             assert local is not None
-            self._copy(libc.process_vm_writev, local, address, len(data))
+            self._copy(vm_copy.write, local, address, len(data))
 
     def read_object(self, address: int, kind: type[CData]) -> CData:
         """A ctypes object of type `kind`, copied from `address`."""
@@ -74,15 +74,15 @@ class UserMemory:
         """Fill the ctypes object `target` from `address`."""
         length = ctypes.sizeof(target)
         if length:
-            self._copy(libc.process_vm_readv, ctypes.addressof(target), address, length)
+            self._copy(vm_copy.read, ctypes.addressof(target), address, length)
 
     def write_object(self, address: int, source: _CData) -> None:
         """Copy the ctypes object `source` to `address`."""
         length = ctypes.sizeof(source)
         if length:
-            self._copy(libc.process_vm_writev, ctypes.addressof(source), address, length)
+            self._copy(vm_copy.write, ctypes.addressof(source), address, length)
 
-    def _copy(self, call: libc.VmCopy, local: int, remote: int, length: int) -> None:
+    def _copy(self, call: vm_copy.VmCopy, local: int, remote: int, length: int) -> None:
         if not access_ok(remote, length) or call(self.pid, local, remote, length) != length:
             raise OSError(errno.EFAULT, f"bad user address {remote:#x}+{length:#x}")
 

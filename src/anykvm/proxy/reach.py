@@ -56,7 +56,7 @@ TRIALS = (
         "mount the /proc of this PID namespace, without hidepid (unshare has --mount-proc)",
     ),
     Trial(
-        "process_vm_readv",
+        "access to its memory",
         _memory,
         "set kernel.yama.ptrace_scope to 1, or allow it in the container: CAP_SYS_PTRACE",
     ),

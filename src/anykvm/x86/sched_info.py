@@ -10,7 +10,6 @@ import time
 
 from anykvm.fs.task import current
 
-
 RESOLUTION_NS = 1_000_000
 """Guests look at their ticks, and a look at schedstat costs as much as a short exit."""
 
