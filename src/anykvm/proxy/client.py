@@ -16,6 +16,7 @@ from anykvm.proxy.procfs import state, status
 
 O_PATH_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 MANY = 64
+STATUS_SIZE = 1 << 13
 SIGNAL_ROWS = (0, 25, 50)  # SigPnd, ShdPnd, SigBlk: lines of 25 bytes one after the other
 NONE_WAITING = Notification(abi.NOTIF.size)
 
@@ -98,7 +99,7 @@ class ClientThread(Task, RemoteThread):
             try:
                 if self._status < 0:
                     self._status = os.open(f"/proc/{self.tid}/status", os.O_RDONLY | os.O_CLOEXEC)
-                text = os.pread(self._status, 1 << 13, 0)
+                text = abi.pread(self._status, STATUS_SIZE)
             except (ProcessLookupError, FileNotFoundError):
                 return 1, 0, 0
         at = text.index(b"SigPnd:")

@@ -55,6 +55,7 @@ ARCH_CAPABILITIES = sum(
         24,  # PBRSB_NO
         26,  # GDS_NO
         27,  # RFDS_NO
+        62,  # ITS_NO
     )
 )
 
