@@ -6,9 +6,10 @@
 The client that times its calls is compiled where there is a C compiler (exec_client.c); else it is
 the tests' Python one, whose own time counts too. The boots, of one kernel with one initrd and one
 command line, are taken in turns: QEMU with -accel kvm under `anykvm exec`, and `anykvm boot`; both
-have booted once before, so that their translations are there. QEMU is given `-cpu host`, which is
-the processor that `anykvm boot` has: for QEMU's own default, an old family 15, Linux turns on page
-table isolation and retpolines, so that both do other work (`--cpu qemu64` shows that, too).
+have booted once before, so that their translations are there. Both guests have one processor, that
+of `anykvm boot`: QEMU is told its family and model, for `-cpu host` alone takes them from this
+machine and its default is an old family 15, and by these Linux decides which mitigations
+(retpolines, page table isolation, …) it goes through. `--cpu host` and `--cpu qemu64` show those.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from pathlib import Path
 
 import qemu
 
+from anykvm.x86.cpuid import FAMILY, MODEL, STEPPING
 from boot import START, Guests, anykvm_command, prepare, seconds_to_marker
 
 HERE = Path(__file__).resolve().parent
 PYTHON_CLIENT = HERE.parent / "tests" / "proxy" / "client.py"
 EXEC = (sys.executable, "-c", START, "exec", "--backend", "soft", "--")
+SAME_PROCESSOR = f"host,family={FAMILY},model={MODEL},stepping={STEPPING}"
 LIMIT = 120.0
 GOALS = {"ioctl": 20.0, "exit": 30.0, "boot": 1.5}
 """Microseconds, microseconds, times `anykvm boot`."""
@@ -115,7 +118,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20000)
     parser.add_argument("--rounds", type=int, default=3, help="boots; 0 for none (3)")
     parser.add_argument("--machine", default="pc", help="QEMU's (pc)")
-    parser.add_argument("--cpu", default="host", help="QEMU's (host)")
+    parser.add_argument("--cpu", default=SAME_PROCESSOR, help=f"QEMU's ({SAME_PROCESSOR})")
     parser.add_argument("--memory", type=int, default=512, help="MiB (512)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -64,6 +64,7 @@ class Supervisor:
         self._calls: Counter[int] = Counter()  # by the ioctl's number
         self._opens: Counter[str] = Counter()
         self._receiving = 0
+        self._received = 0
         self._parked = 0
         self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._over = False
@@ -206,11 +207,14 @@ class Supervisor:
     def _watch_signals(self) -> None:
         """Tell vCPUs of signals for their callers, and of their processes being stopped."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        received = 0
         for turn in itertools.count():
             if self._over:
                 return
             time.sleep(SIGNAL_LATENCY)
-            self._have_another_receive()
+            if received == self._received:  # whoever was to receive is still busy with that call
+                self._have_another_receive()
+            received = self._received
             for thread in self.clients.running():
                 if turn % STOP_TURNS == 0:
                     thread.stopping = state(thread.process.pid) == STOPPED
@@ -229,6 +233,7 @@ class Supervisor:
             self._receiving += 1
             notification = receiver.receive()
             self._receiving -= 1
+            self._received += 1
             if notification is None:
                 return
             self._answer(notification)
