@@ -7,8 +7,8 @@ import errno
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -103,6 +103,16 @@ def test_addresses_outside_of_user_space() -> None:
         assert fault(address, 1) == errno.EFAULT
 
 
+@contextmanager
+def child(program: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process that prints addresses and then waits for its standard input to end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=-1, stdout=-1, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process, [int(word) for word in process.stdout.readline().split()]
+
+
 def test_another_process_and_current() -> None:
     program = (
         "import ctypes, sys\n"
@@ -111,11 +121,7 @@ def test_another_process_and_current() -> None:
         "sys.stdin.read()\n"
         "print(text.value.decode())\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=-1, stdout=-1, text=True
-    ) as process:
-        assert process.stdout is not None
-        address = int(process.stdout.readline())
+    with child(program) as (process, [address]):
         with fs.as_current(fs.Task(process.pid)) as task:
             assert task.mm.pid == process.pid
             assert fs.copy_from_user(address, 6) == b"theirs"
@@ -126,18 +132,14 @@ def test_another_process_and_current() -> None:
 
 def test_another_processs_bad_addresses(raises: Raises) -> None:
     program = (
-        "import mmap, sys; from anykvm import fs\n"
+        "import sys; from anykvm import fs\n"
         "kind = fs.MAP_PRIVATE | fs.MAP_ANONYMOUS\n"
         "pages = fs.Mapping(8192, fs.PROT_READ | fs.PROT_WRITE, kind)\n"
         "fixed = fs.Mapping(4096, fs.PROT_READ, kind)\n"
         "fs.libc.munmap(pages.address + 4096, 4096)\n"
         "print(pages.address, fixed.address, flush=True); sys.stdin.read()\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=-1, stdout=-1, text=True
-    ) as process:
-        assert process.stdout is not None
-        page, fixed = map(int, process.stdout.readline().split())
+    with child(program) as (process, [page, fixed]):
         memory = fs.UserMemory(process.pid)
         memory.write(page + 4090, b"sixsix")
         assert memory.read(page + 4090, 6) == b"sixsix"

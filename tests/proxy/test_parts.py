@@ -15,6 +15,7 @@ import pytest
 from anykvm.cli.main import run
 from anykvm.fs import Inode
 from anykvm.fs.char_dev import namei
+from anykvm.fs.vmas import vmas
 from anykvm.proxy import abi, bpf, opens, procfs
 from anykvm.proxy.memory import Window
 
@@ -117,7 +118,7 @@ def test_populated_pages():
 def test_mappings_are_clipped():
     area = mmap.mmap(-1, 16 << 12, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    (vma,) = procfs.vmas(os.getpid(), start + 4096, start + 3 * 4096)
+    (vma,) = vmas(os.getpid(), start + 4096, start + 3 * 4096)
     assert (vma.start, vma.end, vma.prot, vma.shared) == (start + 4096, start + 12288, 3, False)
 
 

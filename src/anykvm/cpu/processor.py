@@ -1,8 +1,7 @@
-"""One vCPU: its state, its way in and out of native code, and the completion of what it left for.
+"""One vCPU: its way in and out of native code, and the events that are delivered to it.
 
 `run` returns with an `Exit` when the caller is needed; everything else (translation, microcode in
-Python, single steps) happens inside. RIP then still points at the instruction that left (past it
-for HLT); one of the `complete_` methods, or `advance`, steps over it. All methods but
+Python, single steps) happens inside. How the caller answers is in completion.py. All methods but
 `request_exit` belong to the thread that runs the vCPU.
 """
 
@@ -14,11 +13,11 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from anykvm.cpu import assist, events, stepping
+from anykvm.cpu.completion import Completion
 from anykvm.cpu.debug import DebugFault, DebugUnit
 from anykvm.cpu.faults import GuestFault, Leave, Shutdown, VmExit
 from anykvm.cpu.guest import BP, DB, EVENT, NMI, OF, PF, UD
-from anykvm.cpu.guest_access import GuestAccess
-from anykvm.cpu.state import REPLAY, Exit, Flag, Mode
+from anykvm.cpu.state import Exit, Flag, Mode
 from anykvm.cpu.svm import PHYSICAL, VIRTUAL, SvmUnit
 from anykvm.cpu.vmcb import EventType
 
@@ -28,11 +27,10 @@ if TYPE_CHECKING:
 MASK64 = 2**64 - 1
 STEP, CODE64 = int(Mode.STEP), int(Mode.CODE64)
 TF, IF = int(Flag.TF), int(Flag.IF)
-RAX, RCX, RDX, RBX = range(4)
 TRAPS = frozenset((DB, BP, OF))
 
 
-class Cpu(GuestAccess):
+class Cpu(Completion):
     """A vCPU of an `Engine`."""
 
     def __init__(self, engine: Engine, index: int) -> None:
@@ -42,9 +40,6 @@ class Cpu(GuestAccess):
         self._requested = False
         self._one_first = False
         self.resets = 0  # of the translator, when native code was last entered
-        self._completion: Callable[[bytes], None] | None = None  # of a string I/O instruction
-        self._outs: bytes | None = None  # what OUTS sends
-        self.on_advance: Callable[[], None] | None = None  # the rest of the instruction that left
         self.debug = DebugUnit(self)
         self.svm = SvmUnit(self)
         self.emulation_text = ""
@@ -428,7 +423,6 @@ class Cpu(GuestAccess):
         self.state.replay_count = 0  # its accesses are over, also where RIP is as before
         return None
 
-    # Completion
     def patch_instruction(self, data: bytes) -> None:
         """Writes over the instruction that left, with the guest's rights; where it may not be
         written the guest gets the fault.
@@ -439,104 +433,6 @@ class Cpu(GuestAccess):
             self.inject_exception(fault.vector, fault.error, fault.cr2)
         except Leave:  # to read-only memory, which nothing changes
             self.inject_exception(UD)
-
-    def advance(self, length: int | None = None) -> None:
-        """Steps over the instruction that left, which is `length` bytes long if the caller knows
-        better.
-        """
-        s = self.state
-        if self.on_advance:
-            done, self.on_advance = self.on_advance, None
-            done()
-        s.rip = self.rip_behind(length)
-        self.count_exited()
-        s.replay_count = 0
-
-    def rip_behind(self, length: int | None = None) -> int:
-        """RIP behind the instruction that left, which has so many bytes if the caller knows."""
-        s = self.state
-        if length is None:
-            length = self.engine.translator.length_of(s.exit_record)
-        return (s.rip + length) & (MASK64 if s.mode & CODE64 else 0xFFFF_FFFF)
-
-    def uncounted(self) -> int:
-        """The instruction that left, and those before it that no branch has counted."""
-        return self.engine.translator.uncounted.get(self.state.exit_record, 1)
-
-    def count_exited(self) -> None:
-        """Counts the instruction that left."""
-        self.state.insn_count += self.uncounted()
-        if self.debug.trace or self.debug.armed:
-            self.debug.retired()
-
-    def complete_in(self, data: bytes) -> None:
-        """Data that the port gave: `io_size * io_count` bytes."""
-        if self.debug.armed:
-            self.debug.note_port()
-        if self._completion:
-            end, self._completion = partial(self._completion, data), None
-            self._shutdown = self._begin(end) is Exit.SHUTDOWN
-            return
-        s = self.state
-        size, value = s.io_size, int.from_bytes(data[: s.io_size], "little")
-        keep = 0 if size == 4 else s.gpr[RAX] & ~((1 << 8 * size) - 1)
-        s.gpr[RAX] = keep | value
-        self.advance()
-
-    def complete_out(self) -> None:
-        """The data reached the port."""
-        if self.debug.armed:
-            self.debug.note_port()
-        if self._completion:
-            done, self._completion = self._completion, None
-            done(b"")
-        else:
-            self.advance()
-
-    def string_io(self) -> bool:
-        """Whether the port access that left is of INS or OUTS."""
-        return self._completion is not None
-
-    def drop_io(self) -> None:
-        """The port access that left will not be completed."""
-        self._completion = self._outs = None
-        self.debug.trace = 0
-
-    @property
-    def io_data(self) -> bytes:
-        """What OUT or OUTS sends: `io_size * io_count` bytes."""
-        s = self.state
-        if self._outs is not None:
-            return self._outs
-        return (s.gpr[RAX] & ((1 << 8 * s.io_size) - 1)).to_bytes(s.io_size, "little")
-
-    def complete_mmio_read(self, data: bytes) -> None:
-        """Data of the pending MMIO read: `mmio_size` bytes. The instruction is executed again and
-        takes them.
-        """
-        self._replayed(int.from_bytes(data, "little"))
-
-    def complete_mmio_write(self) -> None:
-        self._replayed(0)
-
-    def _replayed(self, data: int) -> None:
-        s = self.state
-        if s.replay_count >= REPLAY:
-            raise RuntimeError("an instruction made more MMIO accesses than any can")
-        s.replay[s.replay_count].data = data
-        s.replay_count += 1
-
-    def complete_msr(self, value: int | None) -> None:
-        """RDMSR's result, or None for WRMSR."""
-        if value is not None:
-            self.state.gpr[RAX] = value & 0xFFFF_FFFF
-            self.state.gpr[RDX] = value >> 32 & 0xFFFF_FFFF
-        self.advance(2)
-
-    def complete_cpuid(self, eax: int, ebx: int, ecx: int, edx: int) -> None:
-        for n, value in ((RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)):
-            self.state.gpr[n] = value
-        self.advance()
 
 
 EXITS: dict[int, Exit] = {int(kind): kind for kind in Exit}

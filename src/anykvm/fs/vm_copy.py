@@ -16,6 +16,8 @@ from collections.abc import Callable
 from errno import EACCES, EFAULT, EIO, ENOSYS, EPERM, ESRCH
 
 from anykvm.fs import libc
+from anykvm.fs.mapping import PROT_WRITE
+from anykvm.fs.vmas import areas
 
 VmCopy = Callable[[int, int, int, int], int]
 """Takes process, our address, the process's address and length; returns the bytes that were copied
@@ -117,20 +119,17 @@ def _writable_end(pid: int, start: int, end: int) -> int:
         if known == pid and low <= start and end <= high:
             return end
     at = start
-    with open(f"/proc/{pid}/maps", "rb") as maps:
-        for line in maps:
-            addresses, perms, _ = line.split(b" ", 2)
-            low, high = (int(address, 16) for address in addresses.split(b"-"))
-            if high <= at:
-                continue
-            if low > at or perms[1:2] != b"w":
-                break
-            if len(_writable) >= AREAS:
-                _writable.clear()
-            _writable[pid, low, high] = None
-            at = high
-            if at >= end:
-                break
+    for area in areas(pid):
+        if area.end <= at:
+            continue
+        if area.start > at or not area.prot & PROT_WRITE:
+            break
+        if len(_writable) >= AREAS:
+            _writable.clear()
+        _writable[pid, area.start, area.end] = None
+        at = area.end
+        if at >= end:
+            break
     return min(at, end)
 
 
@@ -150,9 +149,5 @@ def write_by_file(pid: int, local: int, remote: int, length: int) -> int:
     return _with_mem(libc.pwrite, fd, local, remote, writable)
 
 
-_ways: tuple[VmCopy, VmCopy] = (
-    (libc.process_vm_readv, libc.process_vm_writev)
-    if _is_allowed()
-    else (read_by_file, write_by_file)
-)
-read, write = _ways
+read: VmCopy = libc.process_vm_readv if _is_allowed() else read_by_file
+write: VmCopy = libc.process_vm_writev if read is libc.process_vm_readv else write_by_file

@@ -32,7 +32,8 @@ from anykvm.fs.mapping import (
     inode_key,
 )
 from anykvm.fs.uaccess import TASK_SIZE_MAX, UserMemory
-from anykvm.proxy.procfs import PAGE_SIZE, Vma, populated, vmas
+from anykvm.fs.vmas import Vma, vmas
+from anykvm.proxy.procfs import PAGE_SIZE, populated
 
 MAP_FIXED = 0x10
 ALIGNMENT = 1 << 30  # of the largest huge page, so that huge pages can be mapped

@@ -1,4 +1,4 @@
-"""What /proc tells of a client: its mappings, which of their pages exist, its threads (proc(5))."""
+"""What /proc tells of a client: which of its pages exist, its threads (proc(5))."""
 
 from __future__ import annotations
 
@@ -6,64 +6,13 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 PAGE_SHIFT = 12
-PROT_BITS = {"r": 1, "w": 2, "x": 4}
 PAGE_SIZE = 1 << PAGE_SHIFT
 PRESENT_OR_SWAPPED = 3 << 62
 ENTRIES = 1 << 16  # of pagemap, at a time
 GROUP = 512 * 8  # bytes of pagemap for 2 MiB
 NOTHING = bytes(GROUP)
-
-
-class Vma(NamedTuple):
-    """A line of /proc/PID/maps, or a part of it."""
-
-    start: int
-    end: int
-    perms: str
-    offset: int
-    device: int
-    inode: int
-    path: str
-
-    @property
-    def prot(self) -> int:
-        return sum(bit for letter, bit in PROT_BITS.items() if letter in self.perms)
-
-    @property
-    def shared(self) -> bool:
-        return "s" in self.perms
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Of the file behind it, as fstat gives it."""
-        return self.device, self.inode
-
-    def clipped(self, start: int, end: int) -> Vma:
-        """The part inside a range."""
-        first = max(self.start, start)
-        offset = self.offset + first - self.start
-        return self._replace(start=first, end=min(self.end, end), offset=offset)
-
-
-def vmas(pid: int, start: int, end: int) -> list[Vma]:
-    """The mappings of a range, in order, clipped to it."""
-    with open(f"/proc/{pid}/maps", "rb") as maps:
-        lines = maps.read().decode(errors="surrogateescape").splitlines()
-    areas = map(_vma, lines)
-    return [area.clipped(start, end) for area in areas if area.start < end and start < area.end]
-
-
-def _vma(line: str) -> Vma:
-    addresses, perms, offset, device, inode, *path = line.split(maxsplit=5)
-    low, high = addresses.split("-")
-    major, minor = device.split(":")
-    number = os.makedev(int(major, 16), int(minor, 16))
-    return Vma(
-        int(low, 16), int(high, 16), perms, int(offset, 16), number, int(inode), *path or [""]
-    )
 
 
 def populated(pid: int, start: int, end: int) -> Iterator[tuple[int, int]]:

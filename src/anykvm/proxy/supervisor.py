@@ -29,6 +29,7 @@ from anykvm import fs
 from anykvm.fs.ioctl import do_ioctl
 from anykvm.fs.task import as_current, call_as, current
 from anykvm.fs.vfs import vfs_mmap
+from anykvm.fs.vmas import Vma
 from anykvm.proxy import abi
 from anykvm.proxy.client import Clients, ClientThread, Process
 from anykvm.proxy.descriptors import Descriptors, Handle
@@ -36,7 +37,7 @@ from anykvm.proxy.inject import ERESTARTNOINTR, Calls, Tracer, send_fd
 from anykvm.proxy.listener import Listener, Notification, Receiver
 from anykvm.proxy.memory import BACKING_BASE, MAP_FIXED, ClientMemory
 from anykvm.proxy.opens import LOOKS, OPENS, Caller, open_node
-from anykvm.proxy.procfs import Vma, state
+from anykvm.proxy.procfs import state
 from anykvm.proxy.sigaction import restart_calls
 from anykvm.uapi.kvm import KVM_CAP_IMMEDIATE_EXIT
 from anykvm.uapi.names import IOCTLS
