@@ -6,8 +6,8 @@ from typing import Any
 
 from anykvm import fs
 from anykvm.api import GuestMemory, Kvm, Vcpu
+from anykvm.cpu.blocks import ENTRY_WORDS, MAX_BLOCKS
 from anykvm.cpu.dispatch import block_slot
-from anykvm.cpu.translate import ENTRY_WORDS, MAX_BLOCKS
 from anykvm.uapi import kvm as uapi
 
 from .assembler import assemble
@@ -49,7 +49,7 @@ class Guest:
 
 def entries(translator: Any, key: tuple[int, int, int]) -> int:
     """How many of the table's entries a look-up of a block would take."""
-    words, found = translator._table_words, 0
+    words, found = translator.blocks.words, 0
     slot = block_slot(key[0], key[1], MAX_BLOCKS - 1)
     while words[slot * ENTRY_WORDS + 3]:
         found += tuple(words[slot * ENTRY_WORDS : slot * ENTRY_WORDS + 3]) == key
@@ -66,8 +66,8 @@ def test_a_head_of_two_units_is_entered_once_and_goes_when_its_code_does() -> No
         assert guest.run(BEHIND_THE_BRANCH) == 1  # a unit of its own
         assert guest.run(CODE) == 1  # the first VM's, which has the other's head in it
         translator = guest.translator()
-        assert len(translator.blocks) >= 2
-        assert all(entries(translator, key) == 1 for key in translator.blocks)
+        assert len(translator.blocks.records) >= 2
+        assert all(entries(translator, key) == 1 for key in translator.blocks.records)
         guest.memory.write(BEHIND_THE_BRANCH, assemble("dec ax", 16))
         assert guest.run(BEHIND_THE_BRANCH) == 0xFFFF
         assert guest.run(CODE) == 0xFFFF

@@ -47,7 +47,7 @@ CODE_MASK = 0x609F
 HASH = 0x9E37_79B9_7F4A_7C15
 
 
-def block_hash(f: Routine | Handler, rip: Value, host: Value) -> Value:
+def block_hash(rip: Value, host: Value) -> Value:
     return ((rip ^ (host << 1)) * HASH) >> 32
 
 
@@ -71,7 +71,7 @@ def find() -> Routine:
             f.set("exit_kind", int(Exit.STEP_HERE))
             f.ret(f.null())
     host = _fetch_page(f, linear, f.null())
-    slot = f.var(block_hash(f, rip, host) & f.get("blocks_mask"))
+    slot = f.var(block_hash(rip, host) & f.get("blocks_mask"))
     table = f.get("blocks").to_ptr()
     with f.Loop() as loop:
         entry = table.offset(slot.get() * BLOCK_ENTRY)

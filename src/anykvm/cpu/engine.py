@@ -12,7 +12,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from anykvm.cpu import access, dirty, dispatch, extable, fpu_image, mmu, mxcsr, nested, watch
+from anykvm.cpu import (
+    access,
+    blocks,
+    dirty,
+    dispatch,
+    extable,
+    fpu_image,
+    mmu,
+    mxcsr,
+    nested,
+    watch,
+)
+from anykvm.cpu.blocks import MAX_BLOCKS, CodeFull
 from anykvm.cpu.extable import FaultTable
 from anykvm.cpu.guest import ENTRIES
 from anykvm.cpu.handlers import Handlers
@@ -22,7 +34,7 @@ from anykvm.cpu.memory import PAGE, TOP, PhysicalMap
 from anykvm.cpu.processor import Cpu
 from anykvm.cpu.state import Exit, Mode, Seg, State
 from anykvm.cpu.ticker import TICKER
-from anykvm.cpu.translate import MAX_BLOCKS, CodeFull, CodePage, Fetcher, Translator
+from anykvm.cpu.translate import CodePage, Fetcher, Translator
 from anykvm.cpu.unit_cache import UnitCache
 
 __all__ = ["Cpu", "Engine", "Exit", "State"]
@@ -34,6 +46,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "page_entry": (U64, (PTR, U64)),
     "mark_dirty": (None, (PTR, U64)),
     "configure_faults": (None, (PTR,)),
+    "publish": (U64, (PTR, PTR, *[U64] * 6)),
     "flush_tlb": (None, (PTR, U64)),
     "flush_page": (None, (PTR, U64)),
     "protect_page": (None, (PTR, U64)),
@@ -58,7 +71,7 @@ class Runtime:
     """What the engines of a process share: native routines, handlers, units made before."""
 
     def __init__(self) -> None:
-        rooms = (mmu, nested, dirty, access, watch, dispatch, fpu_image, mxcsr, extable)
+        rooms = (mmu, nested, dirty, access, watch, dispatch, blocks, fpu_image, mxcsr, extable)
         routines = [routine for room in rooms for routine in room.ROUTINES]
         names = [r.__name__ for r in routines]
 
@@ -184,7 +197,9 @@ class Engine:
 
     def __init__(self) -> None:
         self.runtime = process_runtime()
-        self.translator = Translator(self.runtime.handlers, self.runtime.units)
+        self.translator = Translator(
+            self.runtime.handlers, self.runtime.units, self.runtime.call["publish"]
+        )
         self.spaces = tuple(PhysicalMap() for _ in range(ADDRESS_SPACES))
         self.memory = self.spaces[0]
         self.gate = Gate()
@@ -197,7 +212,7 @@ class Engine:
         self.runtime.attach(state, cpu.address)
         state.physmap, state.physmap_top = cpu.memory.address, TOP
         t = self.translator
-        state.blocks, state.blocks_mask = t.table, MAX_BLOCKS - 1
+        state.blocks, state.blocks_mask = t.blocks.address, MAX_BLOCKS - 1
         state.records, state.records_rip = t.records, t.rips
         state.exit_record = t.records  # events may be delivered before anything has left
         cpu.flush_tlb()

@@ -18,12 +18,13 @@ import mmap
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from anykvm.cpu import insn
+from anykvm.cpu.blocks import MAP_NORESERVE, Blocks, CodeFull
 from anykvm.cpu.decode import FormDecoder
-from anykvm.cpu.dispatch import BLOCK_ENTRY, block_slot
 from anykvm.cpu.forms import ROWS, Form
 from anykvm.cpu.guest import RECORD
 from anykvm.cpu.handlers import Handlers
@@ -35,23 +36,21 @@ from anykvm.cpu.unit_cache import UnitCache, UnitImage
 PAGE = 4096
 PAGE_MASK = ~(PAGE - 1)
 MAX_RECORDS = 1 << 23
-MAX_BLOCKS = 1 << 20
-
-ENTRY_WORDS = BLOCK_ENTRY // 8
-NO_MODE = 2**64 - 1
 ONES = b"\xff" * PAGE
 
 assert insn.__all__  # imported for the rows that it declares
 
 
 class Unit(NamedTuple):
-    """What was translated together: byte range in the page and heads (RIP, host page, mode,
+    """What was translated together: byte range in the page, the page of its heads, and these (RIP,
     record).
     """
 
     start: int
     end: int
-    heads: tuple[tuple[int, int, int, int], ...]
+    host: int
+    mode: int
+    heads: list[tuple[int, int]]
 
 
 class Fetcher(NamedTuple):
@@ -96,33 +95,25 @@ class CodePage:
         return hit
 
 
-class CodeFull(Exception):
-    """No room for more records or blocks: everything must go."""
-
-
 class Translator:
     """The translations of one engine. Callers hold `lock`; native code reads the tables without."""
 
-    def __init__(self, handlers: Handlers, cache: UnitCache) -> None:
+    def __init__(self, handlers: Handlers, cache: UnitCache, publish: Callable[..., int]) -> None:
         self.handlers, self.cache = handlers, cache
         self.lock = threading.RLock()
-        self._records = mmap.mmap(-1, MAX_RECORDS * RECORD, flags=mmap.MAP_PRIVATE | 0x4000)
-        self._rips = mmap.mmap(-1, MAX_RECORDS * 8, flags=mmap.MAP_PRIVATE | 0x4000)
-        self._table = mmap.mmap(-1, MAX_BLOCKS * BLOCK_ENTRY, flags=mmap.MAP_PRIVATE | 0x4000)
-        self.records, self.rips, self.table = (
-            ctypes.addressof(ctypes.c_char.from_buffer(m))
-            for m in (self._records, self._rips, self._table)
+        flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+        self._records = mmap.mmap(-1, MAX_RECORDS * RECORD, flags=flags)
+        self._rips = mmap.mmap(-1, MAX_RECORDS * 8, flags=flags)
+        self.records, self.rips = (
+            ctypes.addressof(ctypes.c_char.from_buffer(m)) for m in (self._records, self._rips)
         )
-        # Native code reads words while they are written: `struct` writes byte by byte, this does
-        # not.
+        # As in blocks.py: word by word, for native code reads them meanwhile.
         self._record_words = memoryview(self._records).cast("Q")
         self._rip_words = memoryview(self._rips).cast("Q")
-        self._table_words = memoryview(self._table).cast("Q")
-        self.blocks: dict[tuple[int, int, int], int] = {}
+        self.blocks = Blocks(publish)
         self.pages: dict[int, CodePage] = {}
         self.uncounted: dict[int, int] = {}  # by record that leaves: instructions up to it
         self._next = 1
-        self._used = 0
         self.resets = 0
         self._poll, self._seek, self._missing, self._dropped = (
             handlers.address(Form(name)) for name in ("poll", "seek", "missing", "dropped")
@@ -138,17 +129,23 @@ class Translator:
         return decoder
 
     # Records
-    def _place(self, image: UnitImage, host: int, mode: int, base: int) -> list[tuple[int, int]]:
-        """Writes a unit's records; gives the RIP and record of each head."""
-        words = array("Q", image.records)
-        words[::4] = array("Q", self.handlers.resolve(image.handlers))
-        rips = array("Q", image.rips)
-        first = self._next
-        for n, count in image.leaving:
-            self.uncounted[self.records + (first + n) * RECORD] = count
-        heads = [(rip, self.records + (first + n) * RECORD) for rip, n in image.heads]
-        self._link(image, words, rips, dict(heads), host, mode, base)
-        end = first + len(rips)
+    def _place(
+        self, units: Sequence[tuple[int, UnitImage]], host: int, mode: int, base: int
+    ) -> list[list[tuple[int, int]]]:
+        """Writes the records of units of one page; gives the RIP and record of each one's heads."""
+        images = [image for _, image in units]
+        words = array("Q", b"".join([image.records for image in images]))
+        numbers = list(chain.from_iterable([image.handlers for image in images]))
+        words[::4] = array("Q", self.handlers.resolve(numbers))
+        rips = array("Q", b"".join([image.rips for image in images]))
+        heads, at = [], self.records + self._next * RECORD
+        for image in images:
+            for n, count in image.leaving:
+                self.uncounted[at + n * RECORD] = count
+            heads.append([(rip, at + n * RECORD) for rip, n in image.heads])
+            at += len(image.handlers) * RECORD
+        self._link(images, words, rips, dict(chain.from_iterable(heads)), host, mode, base)
+        first, end = self._next, self._next + len(rips)
         if end >= MAX_RECORDS:
             raise CodeFull
         self._next = end
@@ -158,7 +155,7 @@ class Translator:
 
     def _link(
         self,
-        image: UnitImage,
+        images: Iterable[UnitImage],
         words: array[int],
         rips: array[int],
         own: dict[int, int],
@@ -167,52 +164,24 @@ class Translator:
         base: int,
     ) -> None:
         """Gives every branch its target, or a record that goes on to it."""
+        records, placed = self.blocks.records, self.records + self._next * RECORD
         page = (rips[0] + base) & PAGE_MASK
-        for index, target in image.branches:
-            outside = (target + base) & PAGE_MASK != page
-            known = own.get(target) or self.blocks.get((target, host, mode))
-            if known is None or outside or mode & STEP:
-                known = self.records + (self._next + len(rips)) * RECORD
-                branch = self.records + (self._next + index) * RECORD
-                kind = self._poll if mode & STEP else self._seek if outside else self._missing
-                words.extend((kind, 0, 0, branch))
-                rips.append(target)
-            words[index * 4 + 3] = known
+        at = 0
+        for image in images:
+            for index, target in image.branches:
+                outside = (target + base) & PAGE_MASK != page
+                known = own.get(target) or records.get((target, host, mode))
+                if known is None or outside or mode & STEP:
+                    known = placed + len(rips) * RECORD
+                    branch = placed + (at + index) * RECORD
+                    kind = self._poll if mode & STEP else self._seek if outside else self._missing
+                    words.extend((kind, 0, 0, branch))
+                    rips.append(target)
+                words[(at + index) * 4 + 3] = known
+            at += len(image.handlers)
 
     def set_aux(self, record: int, aux: int) -> None:
         self._record_words[(record - self.records) // 8 + 3] = aux
-
-    def _publish(self, rip: int, host: int, mode: int, record: int, second: int) -> None:
-        """Enters a block. Readers take no lock: an entry matches nothing until its mode is written,
-        last.
-        """
-        if (rip, host, mode) in self.blocks:
-            return  # a head of another unit too: one entry, or dropping would leave the other
-        mask = MAX_BLOCKS - 1
-        if self._used * 2 > MAX_BLOCKS:
-            raise CodeFull
-        slot, words = block_slot(rip, host, mask), self._table_words
-        while words[slot * ENTRY_WORDS + 3] and words[slot * ENTRY_WORDS + 2] != NO_MODE:
-            slot = (slot + 1) & mask
-        at = slot * ENTRY_WORDS
-        if not words[at + 3]:
-            self._used += 1
-        words[at + 2] = NO_MODE
-        words[at], words[at + 1], words[at + 3], words[at + 4] = rip, host, record, second
-        words[at + 5] = self.pages[host].address
-        words[at + 2] = mode
-        self.blocks[rip, host, mode] = record
-
-    def _withdraw(self, rip: int, host: int, mode: int, record: int) -> None:
-        """The block's table entry stays in its chain but matches nothing any more."""
-        if self.blocks.get((rip, host, mode)) != record:
-            return
-        del self.blocks[rip, host, mode]
-        mask = MAX_BLOCKS - 1
-        slot, words = block_slot(rip, host, mask), self._table_words
-        while words[slot * ENTRY_WORDS + 3] != record:
-            slot = (slot + 1) & mask
-        words[slot * ENTRY_WORDS + 2] = NO_MODE
 
     # Units
     def translate(self, rip: int, mode: int, base: int, host: int, memory: Fetcher) -> int | None:
@@ -228,42 +197,64 @@ class Translator:
             self.seconds += time.perf_counter() - start
 
     def _translate(self, rip: int, mode: int, base: int, host: int, memory: Fetcher) -> int | None:
-        known = self.blocks.get((rip, host, mode))
+        known = self.blocks.records.get((rip, host, mode))
         if known is not None:
             return known
-        page = self.pages[host]
         offset = (rip + base) & (PAGE - 1)
-        code = memory.bytes_at(host + offset, PAGE - offset)
-        second_host = 0
-        image = self.cache.find(rip, mode, code)
-        if image is None:
-            builder = UnitBuilder(self, rip, mode, host, code)
-            if builder.collect():
-                image = builder.image()
-                if not mode & STEP:
-                    self.cache.add(rip, mode, image)
-            else:  # the first instruction crosses into the next page
+        code = memory.bytes_at(host, PAGE)
+        units = self._known_units(rip, mode, base, host, code)
+        second_host, tail = 0, b""
+        if not units:
+            builder = UnitBuilder(self, rip, mode, host, code[offset:])
+            if not builder.collect():  # the first instruction crosses into the next page
                 found = memory.second()
                 if found is None:
                     return None
                 second_host = found
-                more = memory.bytes_at(second_host, 16)
-                builder.collect_one(code + more)
-                image = builder.image()
-        placed = self._place(image, host, mode, base)
-        heads = tuple((r, host, mode, record) for r, record in placed)
-        size = len(image.code)
-        page.units.append(Unit(offset, offset + size, heads))
-        page.mark(offset, offset + size, image.code)
-        if second_host:
-            tail = builder.length - len(code)
-            self.pages[second_host].units.append(Unit(0, tail, heads))
-            self.pages[second_host].mark(0, tail, more[:tail])
-        for head_rip, record in placed:
-            self._publish(head_rip, host, mode, record, second_host)
-        self.units += 1
-        self.insns += image.instructions
-        return placed[0][1]
+                tail = memory.bytes_at(second_host, 16)
+                builder.collect_one(code[offset:] + tail)
+                tail = tail[: builder.length - (PAGE - offset)]
+            image = builder.image()
+            if not mode & STEP and not tail:
+                self.cache.add(rip, mode, image)
+            units = [(rip, image)]
+        placed = self._place(units, host, mode, base)
+        page = self.pages[host]
+        for (start, image), heads in zip(units, placed, strict=True):
+            offset = (start + base) & (PAGE - 1)
+            unit = Unit(offset, offset + len(image.code), host, mode, heads)
+            page.units.append(unit)
+            page.mark(offset, unit.end, image.code)
+            self.insns += image.instructions
+        if tail:
+            self.pages[second_host].units.append(unit._replace(start=0, end=len(tail)))
+            self.pages[second_host].mark(0, len(tail), tail)
+        self.blocks.publish(chain.from_iterable(placed), host, mode, second_host, page.address)
+        self.units += len(units)
+        return placed[0][0][1]
+
+    def _known_units(
+        self, rip: int, mode: int, base: int, host: int, code: bytes
+    ) -> list[tuple[int, UnitImage]]:
+        """What the cache has for `rip`, and with that what else it has of this page, whose bytes
+        are `code`: it will be wanted soon.
+        """
+        if mode & STEP:
+            return []
+        page = self.cache.page(rip, mode)
+        image = _version(page.get(rip, ()), code, (rip + base) & (PAGE - 1))
+        if image is None:
+            return []
+        units = [(rip, image)]
+        if base & (PAGE - 1):
+            return units  # pages by RIP are not those of memory
+        records = self.blocks.records
+        for start, versions in list(page.items()):
+            if (start, host, mode) not in records and start != rip:
+                image = _version(versions, code, start & (PAGE - 1))
+                if image is not None:
+                    units.append((start, image))
+        return units
 
     def drop(self, host: int, start: int, end: int) -> None:
         """Drops what was translated from bytes `start` to `end` of a host page."""
@@ -271,9 +262,9 @@ class Translator:
         if page is None:
             return
         for unit in page.take_overlapping(start, end):
-            for rip, home, mode, record in unit.heads:
+            for rip, record in unit.heads:
                 self._record_words[(record - self.records) // 8] = self._dropped
-                self._withdraw(rip, home, mode, record)
+                self.blocks.withdraw(rip, unit.host, unit.mode, record)
 
     def length_of(self, record: int) -> int:
         """How many bytes the instruction of a record has."""
@@ -288,9 +279,16 @@ class Translator:
         self.blocks.clear()
         self.pages.clear()
         self.uncounted.clear()
-        ctypes.memset(self.table, 0, MAX_BLOCKS * BLOCK_ENTRY)
-        self._next, self._used = 1, 0
+        self._next = 1
         self.resets += 1
+
+
+def _version(versions: Iterable[UnitImage], code: bytes, offset: int) -> UnitImage | None:
+    """The one that was made from what is at `offset` of `code`."""
+    for image in versions:
+        if code.startswith(image.code, offset):
+            return image
+    return None
 
 
 def special(name: str, mode: int, mmx: bool = False) -> str | None:

@@ -65,7 +65,7 @@ class UnitBuilder:
         """Until something ends the unit. False if not even one instruction lies in the page."""
         decoder = Decoder(self.templates.bits, self.code, ip=self.rip)
         i = Instruction()
-        code, steps, blocks = self.code, self.steps, self.t.blocks
+        code, steps, blocks = self.code, self.steps, self.t.blocks.records
         limit = 1 if self.mode & STEP else UNIT_INSNS
         branches, fresh, shadow = 0, True, False
         while self.count < limit and branches <= UNIT_BRANCHES and self.length < len(code):
