@@ -10,15 +10,15 @@ from errno import ENOSYS, EPERM
 
 from anykvm.fs.task import Cred, RemoteThread, Task
 from anykvm.proxy import abi
-from anykvm.proxy.listener import Listener, Notification
+from anykvm.proxy.fdtable import FdTable, Key
+from anykvm.proxy.listener import Listener
 from anykvm.proxy.memory import ClientMemory
 from anykvm.proxy.procfs import state, status
 
-O_PATH_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 MANY = 64
 STATUS_SIZE = 1 << 13
 SIGNAL_ROWS = (0, 25, 50)  # SigPnd, ShdPnd, SigBlk: lines of 25 bytes one after the other
-NONE_WAITING = Notification(abi.NOTIF.size)
+NONE_WAITING = bytes(abi.NOTIF.size)
 
 
 class Process:
@@ -51,11 +51,11 @@ class ClientThread(Task, RemoteThread):
         self.stopping = False  # its process is to stop, for which all threads have to return
         self.installed: list[int] = []
         self.calling = threading.Lock()  # an earlier call may be going on, though it left that
-        self.kept: tuple[Notification, int] | None = None
+        self.kept: tuple[bytes, int] | None = None
         self._listener = listener
         self._fetch = fetch
         self.fetched: dict[int, int] = {}  # by descriptor: our duplicate, during a call
-        self.fds = os.open(f"/proc/{tid}/fd", O_PATH_DIRECTORY)
+        self.files = FdTable(tid)
         self._status = -1
         self._closing = threading.Lock()  # our descriptors are not read from meanwhile
         self.gone = False  # it has ended; what is being carried out for it closes it
@@ -118,10 +118,10 @@ class ClientThread(Task, RemoteThread):
         with self._closing:
             self.gone = True
             self.forget_fetched()
-            ours, self.fds, self._status = (self.fds, self._status), -1, -1
-        for fd in ours:
-            if fd >= 0:
-                os.close(fd)
+            status, self._status = self._status, -1
+        self.files.close()
+        if status >= 0:
+            os.close(status)
 
 
 Fetch = Callable[[ClientThread, int], int]
@@ -158,22 +158,20 @@ class Clients:
         """Those whose KVM_RUN is being carried out."""
         return [t for t in list(self._threads.values()) if t.on_signal is not None]
 
-    def find(self, tid: int, fd: int) -> tuple[ClientThread, tuple[int, int]] | None:
-        """A thread and the file behind its descriptor, as fstat gives it; None where there is none,
-        or where the thread has ended.
+    def find(self, tid: int, fd: int) -> tuple[ClientThread, Key] | None:
+        """A thread and the file behind its descriptor; None where there is none, or where the
+        thread has ended.
         """
         thread = self._threads.get(tid)
         if thread is not None:
-            try:
-                file = os.stat(str(fd), dir_fd=thread.fds)
-                if not thread.gone:
-                    return thread, (file.st_dev, file.st_ino)
-            except OSError:
-                self.forget(tid)  # its number may be another thread's by now
+            key = thread.files.find(fd)
+            if key is not None and not thread.gone:
+                return thread, key
+            self.forget(tid)  # its number may be another thread's by now
         with suppress(OSError):
             thread = self.thread(tid)
-            file = os.stat(str(fd), dir_fd=thread.fds)
-            return thread, (file.st_dev, file.st_ino)
+            key = thread.files.find(fd)
+            return None if key is None else (thread, key)
         return None
 
     def _new(self, tid: int) -> ClientThread:

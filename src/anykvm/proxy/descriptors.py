@@ -13,11 +13,14 @@ import os
 import select
 import threading
 from contextlib import suppress
-from errno import EAGAIN
+from errno import EAGAIN, EINTR, EPERM
 from functools import partial
 from struct import Struct
 
 from anykvm import fs
+from anykvm.fs.ioctl import do_ioctl
+from anykvm.fs.task import Task, call_as
+from anykvm.proxy.fdtable import Key
 from anykvm.proxy.listener import Listener
 from anykvm.proxy.runs import Runs
 
@@ -25,7 +28,6 @@ IN_CLOSE_WRITE, IN_IGNORED = 0x8, 0x8000
 EVENT = Struct("=iIII")
 BUFFER = 1 << 14
 LOOKS, LOOK_AGAIN_MS = 4, 5
-Key = tuple[int, int]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -33,8 +35,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Handle:
     """A file of ours that clients hold: `fd` is our descriptor of it.
 
-    Calls are made between `enter` and `leave`. When clients have closed it, the last of these
-    closes ours.
+    When clients have closed it, the last call that is under way closes ours.
     """
 
     def __init__(self, fd: int, file: fs.File) -> None:
@@ -49,18 +50,19 @@ class Handle:
     def path(self) -> str:
         return f"/proc/self/fd/{self.fd}"
 
-    def enter(self) -> bool:
-        """Keep it open for a call; False if it has been closed."""
+    def ioctl(self, task: Task, fd: int, command: int, argument: int) -> int:
+        """On a client's behalf: the result, or a negative errno."""
         self._calls.append(None)
-        if self._closed:
-            self.leave()
-            return False
-        return True
-
-    def leave(self) -> None:
-        self._calls.pop()
-        if self._closed:
-            self.close()
+        try:
+            if self._closed:
+                return -EINTR  # just now, by another thread
+            return call_as(task, do_ioctl, fd, self.file, command, argument)
+        except OSError as error:
+            return -(error.errno or EPERM)
+        finally:
+            self._calls.pop()
+            if self._closed:
+                self.close()
 
     def close(self) -> None:
         """Now, or when the last call has left."""

@@ -10,44 +10,35 @@ from fcntl import ioctl
 
 from anykvm.proxy import abi
 
-# With the GIL held: what never blocks costs less so, and who answers a call notes that before the
-# client's next one can be seen.
+# With the GIL held.
 _short = ctypes.PyDLL(None, use_errno=True).ioctl
 _short.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p]
 _SIZE = abi.NOTIF.size
 _ZEROS = bytes(_SIZE)
 
 
-class Notification(bytes):
+class Notification:
     """struct seccomp_notif: a call that waits, of thread `tid`, which goes on at `ip`."""
 
-    def _unpacked(self) -> tuple[int, ...]:
-        return abi.NOTIF.unpack(self)
+    __slots__ = ("id", "ip", "nr", "raw", "tid")
 
-    @property
-    def id(self) -> int:
-        return self._unpacked()[0]
-
-    @property
-    def tid(self) -> int:
-        return self._unpacked()[1]
-
-    @property
-    def ip(self) -> int:
-        return self._unpacked()[5]
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.id, self.tid, _, self.nr, _, self.ip = abi.NOTIF.unpack(raw)[:6]
 
     @property
     def args(self) -> tuple[int, ...]:
-        return self._unpacked()[6:]
-
-    def same_call(self, other: Notification) -> bool:
-        """Whether it may be the other once more."""
-        return self[8:] == other[8:]
+        return abi.NOTIF.unpack(self.raw)[6:]
 
     def __repr__(self) -> str:
         names = ("id", "tid", "flags", "nr", "arch", "ip", *(f"arg{n}" for n in range(6)))
-        fields = zip(names, self._unpacked(), strict=True)
+        fields = zip(names, abi.NOTIF.unpack(self.raw), strict=True)
         return f"<call {' '.join(f'{name}={value:#x}' for name, value in fields)}>"
+
+
+def same_call(one: bytes, other: bytes) -> bool:
+    """Whether a notification may be another once more."""
+    return one[8:] == other[8:]
 
 
 class Listener:
@@ -56,6 +47,7 @@ class Listener:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.addfd_sends = True
+        self._response = bytearray(abi.NOTIF_RESP.size)
         self.gate = threading.RLock()  # held while a client must not go on
         flag = abi.SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP
         # Linux 6.6: both sides stay on one processor, and a call costs a tenth.
@@ -69,9 +61,17 @@ class Listener:
     def answer(self, notification: int, value: int) -> bool:
         """The call returns `value`, a negative errno for an error; False if its caller is gone."""
         error = value if value < 0 else 0
-        response = abi.NOTIF_RESP.pack(notification, 0 if error else value, error, 0)
-        with self.gate:
-            return bool(_short(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, response) == 0)
+        self.gate.acquire()  # `with` takes twice as long
+        try:
+            abi.NOTIF_RESP.pack_into(
+                self._response, 0, notification, 0 if error else value, error, 0
+            )
+            ioctl(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, self._response)
+        except OSError:
+            return False
+        finally:
+            self.gate.release()
+        return True
 
     def let_run(self, notification: int) -> None:
         """The kernel carries out the call as it was made."""
@@ -128,15 +128,18 @@ class Receiver:
         self._fd = listener.fd
         self._raw = bytearray(_SIZE)
 
-    def receive(self) -> Notification | None:
-        """The next call, without the GIL meanwhile; None if there will be none any more."""
+    def receive(self) -> bytes | None:
+        """The next call, a struct seccomp_notif, without the GIL meanwhile; None if there will be
+        none any more.
+        """
+        raw = self._raw
         while True:
-            self._raw[:] = _ZEROS  # the kernel insists
+            raw[:] = _ZEROS  # the kernel insists
             try:
-                ioctl(self._fd, abi.SECCOMP_IOCTL_NOTIF_RECV, self._raw)
+                ioctl(self._fd, abi.SECCOMP_IOCTL_NOTIF_RECV, raw)
             except OSError as error:
                 # ENOENT: its caller was interrupted or killed before we had it.
                 if error.errno not in (EINTR, ENOENT):
                     return None
             else:
-                return Notification(self._raw)
+                return bytes(raw)

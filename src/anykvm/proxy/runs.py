@@ -41,6 +41,7 @@ class Runs:
         self._lock = threading.Lock()
         self._active: ClientThread | None = None
         self._active_id = 0
+        self._answered = 0  # which call is being answered, or was the last
         self.long = False  # the last stay in the guest took longer than a thread takes to wake
         self._unanswered = False
         self._undelivered: tuple[bytes, bytes] | None = None
@@ -53,25 +54,27 @@ class Runs:
         run: Callable[[], int],
     ) -> None:
         """Answer a KVM_RUN; `run` carries it out, and returns its result or a negative errno."""
-        if self._was_interrupted(listener):
+        if self._active is not None and self._was_interrupted(listener):
             listener.answer(id, -EINTR)
             return
         with self._lock:
-            if self._undelivered is None:
+            if self._unanswered:
+                self._unanswered = False
+                listener.answer(id, -EINTR)
+            elif self._undelivered is None:
                 self._carry_out(listener, thread, id, run)
             else:
                 self._deliver(listener, id)
 
     def _was_interrupted(self, listener: Listener) -> bool:
-        """Whether the call before this one never got its answer. It has one now."""
-        active = self._active
-        if active is not None and not listener.alive(self._active_id):
-            self._active = None
-            if active.on_signal is not None:
-                active.on_signal()
-            return True
-        before, self._unanswered = self._unanswered, False
-        return before
+        """Whether the call that is under way will never get its answer. It has one now."""
+        active, id = self._active, self._active_id
+        if active is None or listener.alive(id) or self._answered == id:
+            return False
+        self._active = None
+        if active.on_signal is not None:
+            active.on_signal()
+        return True
 
     def _carry_out(
         self, listener: Listener, thread: ClientThread, id: int, run: Callable[[], int]
@@ -84,6 +87,7 @@ class Runs:
         start = monotonic()
         result = run()
         self.long = monotonic() - start > LONG
+        self._answered = id  # it may have left already when we are back
         delivered = listener.answer(id, result)
         noticed = self._active is None
         self._active = None

@@ -26,15 +26,14 @@ from errno import EINTR, EIO, ENOENT, EPERM
 from functools import partial
 
 from anykvm import fs
-from anykvm.fs.ioctl import do_ioctl
-from anykvm.fs.task import as_current, call_as, current
+from anykvm.fs.task import as_current, current
 from anykvm.fs.vfs import vfs_mmap
 from anykvm.fs.vmas import Vma
 from anykvm.proxy import abi
 from anykvm.proxy.client import Clients, ClientThread, Process
-from anykvm.proxy.descriptors import Descriptors, Handle
+from anykvm.proxy.descriptors import Descriptors
 from anykvm.proxy.inject import ERESTARTNOINTR, Calls, Tracer, send_fd
-from anykvm.proxy.listener import Listener, Notification, Receiver
+from anykvm.proxy.listener import Listener, Notification, Receiver, same_call
 from anykvm.proxy.memory import BACKING_BASE, MAP_FIXED, ClientMemory
 from anykvm.proxy.opens import LOOKS, OPENS, Caller, open_node
 from anykvm.proxy.procfs import state
@@ -171,7 +170,7 @@ class Supervisor:
         """Calls in a thread that waits for us, and its duplicate there of our descriptor `ours`.
         `alone`: no other thread of its process runs. Afterwards it makes its own call once more.
         """
-        caller = thread.waiting
+        caller = Notification(thread.waiting)
         try:
             remote_fd = self.listener.give(caller.id, ours, cloexec=True)
         except OSError as error:
@@ -232,12 +231,12 @@ class Supervisor:
                 self._places.get()
                 continue
             self._receiving += 1
-            notification = receiver.receive()
+            raw = receiver.receive()
             self._receiving -= 1
             self._received += 1
-            if notification is None:
+            if raw is None:
                 return
-            self._answer(notification)
+            self._answer(raw)
 
     def _have_another_receive(self) -> None:
         if self._receiving:
@@ -248,26 +247,26 @@ class Supervisor:
         else:
             self._spawn(self._receive)
 
-    def _answer(self, notification: Notification) -> None:
-        id, tid, nr, fd, command, argument = abi.NOTIF_IOCTL.unpack(notification)
+    def _answer(self, raw: bytes) -> None:
+        id, tid, nr, fd, command, argument = abi.NOTIF_IOCTL.unpack(raw)
         try:
             if nr == abi.SYS_IOCTL:
-                self._ioctl(notification, id, tid, fd & MASK32, command & MASK32, argument)
-            elif nr in OPENS:
-                self._open(notification, nr)
+                self._ioctl(raw, id, tid, fd & MASK32, command & MASK32, argument)
+                return
+            notification = Notification(raw)
+            if nr in OPENS:
+                self._open(notification)
             elif nr == abi.SYS_MMAP:
                 self._map(notification)
             elif nr == abi.SYS_RT_SIGACTION:
                 self._sigaction(notification)
             else:
-                self._look(notification, nr)
+                self._look(notification)
         except Exception:
-            log.exception("a call could not be answered: %s", notification)
+            log.exception("a call could not be answered: %s", Notification(raw))
             self.listener.answer(id, -EIO)
 
-    def _ioctl(
-        self, notification: Notification, id: int, tid: int, fd: int, command: int, argument: int
-    ) -> None:
+    def _ioctl(self, raw: bytes, id: int, tid: int, fd: int, command: int, argument: int) -> None:
         found = self.clients.find(tid, fd)
         handle = None if found is None else self.descriptors.find(found[1])
         if found is None or handle is None:
@@ -277,10 +276,10 @@ class Supervisor:
         if thread.on_signal is not None:
             thread.on_signal()  # its KVM_RUN goes on here, but it is out of it
         self._calls[command] += 1
-        call = partial(_carry_out, thread, handle, fd, command, argument)
         if command == KVM_RUN and handle.runs is not None:
             if handle.runs.long:
                 self._have_another_receive()
+            call = partial(handle.ioctl, thread, fd, command, argument)
             handle.runs.call(self.listener, thread, id, call)
             if thread.gone:
                 thread.close()
@@ -290,35 +289,34 @@ class Supervisor:
         with thread.calling:
             thread.installed.clear()
             if thread.kept is None and not thread.fetched:
-                thread.waiting = notification
-                result = call()
+                thread.waiting = raw
+                result = handle.ioctl(thread, fd, command, argument)
             else:
-                result = self._maybe_again(thread, notification, call)
+                call = partial(handle.ioctl, thread, fd, command, argument)
+                result = self._maybe_again(thread, raw, call)
             if result in thread.installed:
                 self.descriptors.give(id, result)
                 return
             delivered = self.listener.answer(id, result)
             if not delivered and command not in REPEATABLE and result != -EINTR:
-                thread.kept = (notification, result)
+                thread.kept = (raw, result)
 
-    def _maybe_again(
-        self, thread: ClientThread, notification: Notification, call: Callable[[], int]
-    ) -> int:
+    def _maybe_again(self, thread: ClientThread, raw: bytes, call: Callable[[], int]) -> int:
         """A call that the kernel may make once more, after a signal or by our stopping it."""
         kept, thread.kept = thread.kept, None
-        if kept is not None and kept[0].same_call(notification):
+        if kept is not None and same_call(kept[0], raw):
             result = kept[1]
         else:
-            if not thread.waiting.same_call(notification):
+            if not same_call(thread.waiting, raw):
                 thread.forget_fetched()
-            thread.waiting = notification
+            thread.waiting = raw
             result = call()
         if result != -EINTR:
             thread.forget_fetched()
         return result
 
-    def _open(self, notification: Notification, nr: int) -> None:
-        where, flags_of = OPENS[nr]
+    def _open(self, notification: Notification) -> None:
+        where, flags_of = OPENS[notification.nr]
         try:
             caller = Caller(notification.tid)
             found = where.node(caller, notification.args)
@@ -360,8 +358,8 @@ class Supervisor:
                 restart_calls(process.memory, notification.args[1])
         self.listener.let_run(notification.id)
 
-    def _look(self, notification: Notification, nr: int) -> None:
-        where, answer = LOOKS[nr]
+    def _look(self, notification: Notification) -> None:
+        where, answer = LOOKS[notification.nr]
         with suppress(OSError):
             caller = Caller(notification.tid)
             found = where.node(caller, notification.args)
@@ -370,15 +368,3 @@ class Supervisor:
                 self.listener.answer(notification.id, result)
                 return
         self.listener.let_run(notification.id)
-
-
-def _carry_out(thread: ClientThread, handle: Handle, fd: int, command: int, argument: int) -> int:
-    """The ioctl on the client's behalf: its result, or a negative errno."""
-    if not handle.enter():
-        return -EINTR  # the descriptor was just closed by another thread
-    try:
-        return call_as(thread, do_ioctl, fd, handle.file, command, argument)
-    except OSError as error:
-        return -(error.errno or EPERM)
-    finally:
-        handle.leave()

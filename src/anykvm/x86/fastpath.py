@@ -46,6 +46,11 @@ class Way(IntEnum):
     DONE = 2
 
 
+# To look at a member of an enumeration takes Python 3.11 ten times as long.
+REFUSED, LEFT, DONE = Way
+OUTSIDE, INSIDE = VcpuMode.OUTSIDE_GUEST_MODE, VcpuMode.IN_GUEST_MODE
+
+
 class Pending(IntEnum):
     """The access that userspace was left with."""
 
@@ -332,7 +337,7 @@ class VcpuFastpath:
         """After LEFT the exit is still to be dealt with (`Cpu.resume`)."""
         vcpu = self._vcpu
         if (vcpu.touched or enabled()) and self._something_else():
-            return Way.REFUSED
+            return REFUSED
         vcpu.in_run = True
         apic = vcpu.apic
         if apic is not None:
@@ -341,27 +346,27 @@ class VcpuFastpath:
                 return self._refuse()
             self._lane.cr8 = apic.cr8
         # From here a kick reaches the processor, so what came before it is seen here.
-        vcpu.mode = VcpuMode.IN_GUEST_MODE
+        vcpu.mode = INSIDE
         if vcpu.requests:
             return self._refuse()
         way = vcpu.cpu.enter(self._call, self._address)
-        if way == Way.DONE:
-            vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+        if way == DONE:
+            vcpu.mode = OUTSIDE
             self._lane.retired = vcpu.cpu.uncounted()
             vcpu.complete_userspace_io = self.complete
             if not self._injectable:
                 vcpu.run.ready_for_interrupt_injection = ready_for_interrupt_injection(vcpu)
-            return Way.DONE
-        if way == Way.REFUSED:
+            return DONE
+        if way == REFUSED:
             return self._refuse()
         vcpu.touched = True
         vcpu.complete_userspace_io = None
-        return Way.LEFT
+        return LEFT
 
     def _refuse(self) -> Way:
         self._vcpu.touched = True
-        self._vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
-        return Way.REFUSED
+        self._vcpu.mode = OUTSIDE
+        return REFUSED
 
     def _something_else(self) -> bool:
         """Whether anything is to be done besides; if not, that stays so until the next exit that

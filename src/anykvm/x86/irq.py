@@ -401,5 +401,8 @@ def lapic_timer_load(vcpu: VcpuX86) -> None:
 
 def lapic_timer_put(vcpu: VcpuX86) -> None:
     """KVM_RUN ends."""
+    if vcpu.apic is None:
+        vcpu.in_run = False
+        return
     with vcpu.kvm.irqchip.lock:
         vcpu.in_run = False

@@ -62,7 +62,7 @@ class MpState(IntEnum):
     SIPI_RECEIVED = uapi.KVM_MP_STATE_SIPI_RECEIVED
 
 
-class Request(Enum):
+class Request(IntEnum):  # whose hash is an int's
     """KVM_REQ_*: what a vCPU does before it enters the guest again."""
 
     EVENT = auto()  # look for interrupts

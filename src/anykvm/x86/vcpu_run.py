@@ -24,7 +24,7 @@ from anykvm.x86.events import (
     ready_for_interrupt_injection,
 )
 from anykvm.x86.exits import EXIT_HANDLERS, handle_dirty_ring_full
-from anykvm.x86.fastpath import VcpuFastpath, Way
+from anykvm.x86.fastpath import DONE, INSIDE, LEFT, OUTSIDE, VcpuFastpath
 from anykvm.x86.halt_poll import halt_poll, halt_poll_adjust
 from anykvm.x86.hyperv import HV_REQUESTS, handle_hv_requests
 from anykvm.x86.hyperv_clock import kvm_hv_setup_tsc_page
@@ -43,6 +43,16 @@ from anykvm.x86.svm import nested_triple_fault
 from anykvm.x86.sync_regs import store_regs, sync_regs
 from anykvm.x86.vapic import kvm_lapic_sync_from_vapic, kvm_lapic_sync_to_vapic
 
+# As in fastpath.py, for they are looked at on each way into the guest.
+RUNNABLE = MpState.RUNNABLE
+CLOCK_UPDATE = Request.CLOCK_UPDATE
+EVENT = Request.EVENT
+IOAPIC_EOI_EXIT = Request.IOAPIC_EOI_EXIT
+REPORT_TPR_ACCESS = Request.REPORT_TPR_ACCESS
+STEAL_UPDATE = Request.STEAL_UPDATE
+TRIPLE_FAULT = Request.TRIPLE_FAULT
+EXIT_REQUESTS = {IOAPIC_EOI_EXIT, REPORT_TPR_ACCESS, TRIPLE_FAULT}
+
 
 def kvm_arch_vcpu_ioctl_run(vcpu: VcpuX86) -> int:
     """KVM_RUN with signals held back, see kvm/sigset.py."""
@@ -52,8 +62,8 @@ def kvm_arch_vcpu_ioctl_run(vcpu: VcpuX86) -> int:
     vcpu.sigset.activate()
     try:
         way = fastpath.enter()
-        if way is not Way.DONE:
-            _ioctl_run(vcpu, left=way is Way.LEFT)
+        if way is not DONE:
+            _ioctl_run(vcpu, left=way is LEFT)
     finally:
         lapic_timer_put(vcpu)
         vcpu.sigset.deactivate()
@@ -95,7 +105,7 @@ def _run(vcpu: VcpuX86) -> None:
         _leave_at_once(vcpu)
         return
     if vcpu.run.request_interrupt_window:
-        vcpu.requests.add(Request.EVENT)
+        vcpu.requests.add(EVENT)
     vcpu_run(vcpu)
 
 
@@ -103,7 +113,7 @@ def _finish_instruction(vcpu: VcpuX86) -> int:
     """An instruction with several MMIO accesses makes them all before anything else happens, as the
     kernel's emulator does: so nothing of it is missing from the registers that userspace reads.
     """
-    while vcpu.cpu.mid_instruction() and vcpu.mp_state == MpState.RUNNABLE:
+    while vcpu.cpu.mid_instruction() and vcpu.mp_state == RUNNABLE:
         vcpu.cpu.finish_instruction()
         if not vcpu_enter_guest(vcpu, finishing=True):
             return 0
@@ -116,7 +126,7 @@ def _nothing_to_report(vcpu: VcpuX86) -> int:
         return 0
     reported = EXIT_REQUESTS
     if vcpu.kvm.triple_fault_event:  # KVM_GET_VCPU_EVENTS tells of it
-        reported = reported - {Request.TRIPLE_FAULT}
+        reported = reported - {TRIPLE_FAULT}
     return vcpu.requests.isdisjoint(reported) or _handle_requests(vcpu)
 
 
@@ -164,7 +174,7 @@ def vcpu_run(vcpu: VcpuX86, *, left: bool = False) -> None:
         if vcpu.look_for_signals and _called_back(vcpu):
             _interrupt(vcpu)
             return
-        running = vcpu.mp_state == MpState.RUNNABLE and not vcpu.halted_in_guest
+        running = vcpu.mp_state == RUNNABLE and not vcpu.halted_in_guest
         if not (vcpu_enter_guest(vcpu) if running else vcpu_block(vcpu)):
             return
         if vcpu.run.request_interrupt_window and interrupt_window_open(vcpu):
@@ -191,12 +201,12 @@ def vcpu_enter_guest(vcpu: VcpuX86, *, finishing: bool = False) -> int:
         return handle_dirty_ring_full(vcpu)
     if vcpu.requests and not _handle_requests(vcpu):
         return 0
-    if vcpu.mp_state != MpState.RUNNABLE:
+    if vcpu.mp_state != RUNNABLE:
         return 1
     # From here a kick reaches the processor, so what came before it is seen here.
-    vcpu.mode = VcpuMode.IN_GUEST_MODE
+    vcpu.mode = INSIDE
     if vcpu.requests:
-        vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+        vcpu.mode = OUTSIDE
         return 1
     return leave_guest(vcpu, vcpu.cpu.run(), finishing=finishing)
 
@@ -204,7 +214,7 @@ def vcpu_enter_guest(vcpu: VcpuX86, *, finishing: bool = False) -> int:
 def leave_guest(vcpu: VcpuX86, exit_kind: Exit, *, finishing: bool = False) -> int:
     """The guest has left: its exit is handled."""
     vcpu.stat.exits += 1
-    vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+    vcpu.mode = OUTSIDE
     kvm_lapic_sync_from_vapic(vcpu)
     if enabled():
         trace("kvm_exit", vcpu_id=vcpu.vcpu_id, reason=exit_kind, rip=vcpu.state.rip)
@@ -213,40 +223,37 @@ def leave_guest(vcpu: VcpuX86, exit_kind: Exit, *, finishing: bool = False) -> i
     return EXIT_HANDLERS[exit_kind](vcpu)
 
 
-EXIT_REQUESTS = {Request.IOAPIC_EOI_EXIT, Request.REPORT_TPR_ACCESS, Request.TRIPLE_FAULT}
-
-
 def _handle_requests(vcpu: VcpuX86) -> int:
     requests = vcpu.requests
-    if Request.CLOCK_UPDATE in requests:
-        requests.discard(Request.CLOCK_UPDATE)
+    if CLOCK_UPDATE in requests:
+        requests.discard(CLOCK_UPDATE)
         update_pvclock(vcpu)
         if vcpu.vcpu_idx == 0:
             kvm_hv_setup_tsc_page(vcpu)
     if not HV_REQUESTS.isdisjoint(requests) and not handle_hv_requests(vcpu):
         return 0
-    if Request.STEAL_UPDATE in requests:
-        requests.discard(Request.STEAL_UPDATE)
+    if STEAL_UPDATE in requests:
+        requests.discard(STEAL_UPDATE)
         record_steal_time(vcpu)
-    if Request.IOAPIC_EOI_EXIT in requests:
-        requests.discard(Request.IOAPIC_EOI_EXIT)
+    if IOAPIC_EOI_EXIT in requests:
+        requests.discard(IOAPIC_EOI_EXIT)
         vcpu.run.exit_reason = uapi.KVM_EXIT_IOAPIC_EOI
         vcpu.run.eoi.vector = vcpu.pending_ioapic_eoi
         return 0
-    if Request.REPORT_TPR_ACCESS in requests:
-        requests.discard(Request.REPORT_TPR_ACCESS)
+    if REPORT_TPR_ACCESS in requests:
+        requests.discard(REPORT_TPR_ACCESS)
         vcpu.run.exit_reason = uapi.KVM_EXIT_TPR_ACCESS
         return 0
-    if Request.TRIPLE_FAULT in requests:
-        requests.discard(Request.TRIPLE_FAULT)
+    if TRIPLE_FAULT in requests:
+        requests.discard(TRIPLE_FAULT)
         if not nested_triple_fault(vcpu):
             vcpu.run.exit_reason = uapi.KVM_EXIT_SHUTDOWN
             return 0
-    if Request.EVENT in requests:
-        requests.discard(Request.EVENT)
+    if EVENT in requests:
+        requests.discard(EVENT)
         vcpu.stat.req_event += 1
         kvm_apic_accept_events(vcpu)
-        if vcpu.mp_state == MpState.RUNNABLE:
+        if vcpu.mp_state == RUNNABLE:
             inject_pending_events(vcpu)
         kvm_lapic_sync_to_vapic(vcpu)
     return 1
@@ -262,7 +269,7 @@ def vcpu_block(vcpu: VcpuX86) -> int:
             with waiting(vcpu):
                 vcpu.sigset.wait()
         halt_poll_adjust(vcpu, time.monotonic_ns() - began)
-    vcpu.mode = VcpuMode.OUTSIDE_GUEST_MODE
+    vcpu.mode = OUTSIDE
     if kvm_arch_vcpu_runnable(vcpu):
         vcpu.stat.halt_wakeup += 1
         kvm_apic_accept_events(vcpu)
