@@ -87,11 +87,10 @@ class Registers:
 
     def can_take_interrupt(self) -> bool:
         """IF is set, and no STI, MOV SS or unfinished instruction holds interrupts off."""
-        if self.mid_instruction() or self.debug.pending:
+        idle = self.svm.idle
+        if (idle and not self.state.flags & IF) or self.mid_instruction() or self.debug.pending:
             return False
-        if not self.svm.idle:
-            return self.svm.can_take_interrupt()
-        return bool(self.state.flags & IF) and not self.in_shadow()
+        return not self.in_shadow() if idle else self.svm.can_take_interrupt()
 
     def in_shadow(self) -> bool:
         s = self.state

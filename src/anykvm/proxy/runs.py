@@ -17,6 +17,7 @@ from errno import EINTR
 from time import monotonic
 
 from anykvm.fs.mapping import Mapping
+from anykvm.fs.task import Task
 from anykvm.proxy.client import ClientThread
 from anykvm.proxy.listener import Listener
 from anykvm.uapi.kvm import KVM_EXIT_INTR, kvm_run
@@ -51,9 +52,12 @@ class Runs:
         listener: Listener,
         thread: ClientThread,
         id: int,
-        run: Callable[[], int],
+        run: Callable[[Task, int, int, int], int],
+        *arguments: *tuple[int, int, int],
     ) -> None:
-        """Answer a KVM_RUN; `run` carries it out, and returns its result or a negative errno."""
+        """Answer a KVM_RUN; `run` carries it out on behalf of `thread` with the ioctl's arguments,
+        and returns its result or a negative errno.
+        """
         if self._active is not None and self._was_interrupted(listener):
             listener.answer(id, -EINTR)
             return
@@ -62,7 +66,11 @@ class Runs:
                 self._unanswered = False
                 listener.answer(id, -EINTR)
             elif self._undelivered is None:
-                self._carry_out(listener, thread, id, run)
+                self._begin(thread, id)
+                began = monotonic()
+                result = run(thread, *arguments)
+                self.long = monotonic() - began > LONG
+                self._end(listener, id, result)
             else:
                 self._deliver(listener, id)
 
@@ -76,17 +84,14 @@ class Runs:
             active.on_signal()
         return True
 
-    def _carry_out(
-        self, listener: Listener, thread: ClientThread, id: int, run: Callable[[], int]
-    ) -> None:
+    def _begin(self, thread: ClientThread, id: int) -> None:
         self._active, self._active_id, thread.running = thread, id, id
         thread.stopping = False
         if not self._run.immediate_exit:
             # What a client reads that a signal takes out of the call.
             self._run.exit_reason = KVM_EXIT_INTR
-        start = monotonic()
-        result = run()
-        self.long = monotonic() - start > LONG
+
+    def _end(self, listener: Listener, id: int, result: int) -> None:
         self._answered = id  # it may have left already when we are back
         delivered = listener.answer(id, result)
         noticed = self._active is None
