@@ -115,6 +115,8 @@ class Translator:
         self.uncounted: dict[int, int] = {}  # by record that leaves: instructions up to it
         self._next = 1
         self.resets = 0
+        # Off with several vCPUs: one may be patching what another has just read.
+        self.whole_pages = True
         self._poll, self._seek, self._missing, self._dropped = (
             handlers.address(Form(name)) for name in ("poll", "seek", "missing", "dropped")
         )
@@ -246,8 +248,8 @@ class Translator:
         if image is None:
             return []
         units = [(rip, image)]
-        if base & (PAGE - 1):
-            return units  # pages by RIP are not those of memory
+        if base & (PAGE - 1) or not self.whole_pages:
+            return units  # with such a base, pages by RIP are not those of memory
         records = self.blocks.records
         for start, versions in list(page.items()):
             if (start, host, mode) not in records and start != rip:
