@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import time
 from errno import EBADF, EBUSY, EEXIST, EFAULT, EINVAL, ENOENT, ENXIO
 
 import pytest
@@ -199,6 +200,8 @@ def test_messages_that_cannot_be_sent(vm: int, irqchip_vm: int) -> None:
 
 # The local APIC.
 
+LVTT, TMICT, TDCR = 0x320, 0x380, 0x3E0
+
 
 def lapic_word(vcpu: int, offset: int) -> int:
     state = get(vcpu, uapi.KVM_GET_LAPIC, uapi.kvm_lapic_state)
@@ -226,6 +229,23 @@ def test_the_local_apic_round_trips(machine: Machine, irqchip_vm: int) -> None:
         set_lapic_word(vcpu, offset, value)
         assert lapic_word(vcpu, offset) == value
     assert get(vcpu, uapi.KVM_GET_SREGS, uapi.kvm_sregs).cr8 == 3
+
+
+@conforms("KVM_SET_LAPIC", "KVM_RUN")
+def test_a_one_shot_counter_that_is_set_at_zero_has_just_run_out(
+    machine: Machine, irqchip_vm: int
+) -> None:
+    """QEMU saves no current count: what it restores interrupts at once, or the guest would wait for
+    ever.
+    """
+    guest = pic_guest(machine, irqchip_vm)
+    enable_lapic(guest.vcpu)
+    for register, value in ((LVTT, 0x21), (TDCR, 0xB), (TMICT, 4_000_000_000)):  # four seconds
+        set_lapic_word(guest.vcpu, register, value)
+    began = time.monotonic()
+    guest.run_until(uapi.KVM_EXIT_IO)
+    assert guest.io() == b"A"
+    assert time.monotonic() - began < 2
 
 
 @conforms("KVM_GET_LAPIC", "KVM_SET_LAPIC")

@@ -95,7 +95,8 @@ class LapicTimer:
     def resume(self, initial_count: int, remaining_count: int) -> None:
         """Continue from a snapshot: the mode, divider and `tscdeadline` are already set.
 
-        A one-shot counter saved at zero has expired and stays so.
+        A one-shot counter at zero runs out now, though it may have before: QEMU saves no current
+        count, and a guest that waits for the interrupt must get it.
         """
         self.initial_count = initial_count
         self.deadline = None
@@ -106,8 +107,7 @@ class LapicTimer:
             remaining = min(remaining_count * self.divide * APIC_BUS_CYCLE_NS, interval)
             if not remaining and self.mode == TIMER_PERIODIC:
                 remaining = interval
-            if remaining:
-                self.deadline = self._clock() + remaining
+            self.deadline = self._clock() + remaining
 
     def set_tscdeadline(self, value: int) -> None:
         """Write IA32_TSC_DEADLINE: ignored in other modes; zero disarms."""
