@@ -25,6 +25,7 @@ from anykvm.cpu.guest import (
     Routine,
 )
 from anykvm.cpu.ir import PTR, Value
+from anykvm.cpu.memory import CODE_MAP, MADE_FROM
 from anykvm.cpu.mmu import I, W
 from anykvm.cpu.state import (
     JUMP_ENTRIES,
@@ -107,8 +108,8 @@ def _compare_once(f: Routine, page: Value, host: Value) -> None:
     with f.If(page.load("i64", volatile=True, align=8).ne(stay)):
         at, differs = f.var(f.const(0, 64)), f.var(f.const(0, 64))
         with f.Loop() as loop:
-            mask = page.offset(at.get() + 8).load("i64", align=8)
-            made_from = page.offset(at.get() + (8 + 4096)).load("i64", align=8)
+            mask = page.offset(at.get() + CODE_MAP).load("i64", align=8)
+            made_from = page.offset(at.get() + MADE_FROM).load("i64", align=8)
             now = (host + at.get()).to_ptr().load("i64", align=8)
             differs.set(differs.get() | ((made_from ^ now) & mask))
             at.set(at.get() + 8)

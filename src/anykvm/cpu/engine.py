@@ -218,7 +218,6 @@ class Engine:
         cpu.flush_tlb()
         with t.lock:
             self.cpus.append(cpu)
-            t.whole_pages = len(self.cpus) == 1
         if ticks:
             TICKER.register(state)
         return cpu

@@ -27,6 +27,9 @@ MAX_SLOTS = 1 << 15
 SLOT_COUNT = TOP * 8
 SLOT_TABLE, SLOT_TABLE_ROW = SLOT_COUNT + 8, 16
 NORESERVE = 0x4000
+# In the memory of a CodePage, see translate.py: a word, a map of bytes, and bytes.
+BEING_READ, CODE_MAP = 8, 16
+MADE_FROM = CODE_MAP + PAGE
 
 
 class SlotEntry(ctypes.Structure):

@@ -14,7 +14,9 @@ from anykvm.cpu.dirty import WALK_SLACK, is_dirty, ring_full
 from anykvm.cpu.guest import PF, TLB_ADDEND, TLB_EXEC, TLB_READ, TLB_WRITE, Routine
 from anykvm.cpu.ir import PTR, Value
 from anykvm.cpu.memory import (
+    BEING_READ,
     CODE,
+    CODE_MAP,
     E_CODE,
     E_PAGE,
     E_SLOT,
@@ -148,10 +150,10 @@ def set_bits() -> Routine:
 
 
 def translated(f: Routine, entry: Value, gpa: Value, size: Value) -> Value:
-    """Whether any of `size` bytes in a page was translated."""
+    """Whether any of `size` bytes in a page was translated, or may be just now."""
     bytes_ = entry.offset(E_CODE).load(PTR, align=8)
     at, last = f.var(gpa & 4095), (gpa & 4095) + size
-    found = f.var(f.const(0, 8), 8)
+    found = f.var(bytes_.offset(BEING_READ - CODE_MAP).load("i8", volatile=True), 8)
     with f.Loop() as loop:
         loop.break_if(at.get().uge(last))
         found.set(found.get() | bytes_.offset(at.get()).load("i8", volatile=True))

@@ -28,6 +28,7 @@ from anykvm.cpu.decode import FormDecoder
 from anykvm.cpu.forms import ROWS, Form
 from anykvm.cpu.guest import RECORD
 from anykvm.cpu.handlers import Handlers
+from anykvm.cpu.memory import BEING_READ, CODE_MAP, MADE_FROM
 from anykvm.cpu.state import Mode
 from anykvm.cpu.templates import TemplateDecoder
 from anykvm.cpu.unit import STEP, UnitBuilder
@@ -63,35 +64,47 @@ class Fetcher(NamedTuple):
 class CodePage:
     """A host page with translated code. Native code reads the memory behind it, in this order:
 
-    the number of the last stay at which the page was compared, a map of translated bytes (FF each),
-    and the bytes that were translated.
+    the number of the last stay at which the page was compared, whether it is being translated, a
+    map of translated bytes (FF each), and the bytes that were translated.
     """
 
     def __init__(self) -> None:
-        self._memory = bytearray(8 + 2 * PAGE)
+        self._memory = bytearray(MADE_FROM + PAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self.map_address = self.address + 8
+        self.map_address = self.address + CODE_MAP
         self.units: list[Unit] = []
+
+    def __enter__(self) -> None:
+        """From before its bytes are read until all of them are marked that count: meanwhile no
+        other vCPU stores to the page without asking, or what is translated might be old.
+        """
+        self._memory[BEING_READ] = 1
+
+    def __exit__(self, *error: object) -> None:
+        self._memory[BEING_READ] = 0
 
     def mark(self, start: int, end: int, code: bytes) -> None:
         """Bytes `start` to `end` were translated from `code`."""
-        self._memory[8 + start : 8 + end] = ONES[: end - start]
-        self._memory[8 + PAGE + start : 8 + PAGE + end] = code
+        self._memory[CODE_MAP + start : CODE_MAP + end] = ONES[: end - start]
+        self._memory[MADE_FROM + start : MADE_FROM + end] = code
 
     def take_overlapping(self, start: int, end: int) -> list[Unit]:
         """Removes and returns the units over the bytes `start` to `end`."""
-        if self._memory.find(b"\xff", 8 + start, 8 + end) < 0:
+        if self._memory.find(b"\xff", CODE_MAP + start, CODE_MAP + end) < 0:
             return []
         hit: list[Unit] = []
         rest: list[Unit] = []
         for unit in self.units:
             (hit if unit.start < end and start < unit.end else rest).append(unit)
-        first, last = min(u.start for u in hit), max(u.end for u in hit)
         self.units = rest
-        self._memory[8 + first : 8 + last] = bytes(last - first)
+        first, last = min(u.start for u in hit), max(u.end for u in hit)
+        left = bytearray(last - first)
         for unit in rest:
             if unit.start < last and first < unit.end:
-                self._memory[8 + unit.start : 8 + unit.end] = ONES[: unit.end - unit.start]
+                begin, stop = max(unit.start, first) - first, min(unit.end, last) - first
+                left[begin:stop] = ONES[: stop - begin]
+        # At once: what the others cover stays marked all the time.
+        self._memory[CODE_MAP + first : CODE_MAP + last] = left
         return hit
 
 
@@ -115,8 +128,6 @@ class Translator:
         self.uncounted: dict[int, int] = {}  # by record that leaves: instructions up to it
         self._next = 1
         self.resets = 0
-        # Off with several vCPUs: one may be patching what another has just read.
-        self.whole_pages = True
         self._poll, self._seek, self._missing, self._dropped = (
             handlers.address(Form(name)) for name in ("poll", "seek", "missing", "dropped")
         )
@@ -202,24 +213,40 @@ class Translator:
         known = self.blocks.records.get((rip, host, mode))
         if known is not None:
             return known
-        offset = (rip + base) & (PAGE - 1)
-        code = memory.bytes_at(host, PAGE)
-        units = self._known_units(rip, mode, base, host, code)
-        second_host, tail = 0, b""
-        if not units:
+        with self.pages[host]:
+            code = memory.bytes_at(host, PAGE)
+            units = self._known_units(rip, mode, base, host, code)
+            if units:
+                return self._enter(units, host, mode, base)
+            offset = (rip + base) & (PAGE - 1)
             builder = UnitBuilder(self, rip, mode, host, code[offset:])
-            if not builder.collect():  # the first instruction crosses into the next page
-                found = memory.second()
-                if found is None:
-                    return None
-                second_host = found
-                tail = memory.bytes_at(second_host, 16)
+            if builder.collect():
+                image = builder.image()
+                if not mode & STEP:
+                    self.cache.add(rip, mode, image)
+                return self._enter([(rip, image)], host, mode, base)
+            # The first instruction crosses into the next page.
+            second = memory.second()
+            if second is None:
+                return None
+            with self.pages[second]:
+                tail = memory.bytes_at(second, 16)
                 builder.collect_one(code[offset:] + tail)
                 tail = tail[: builder.length - (PAGE - offset)]
-            image = builder.image()
-            if not mode & STEP and not tail:
-                self.cache.add(rip, mode, image)
-            units = [(rip, image)]
+                return self._enter([(rip, builder.image())], host, mode, base, second, tail)
+
+    def _enter(
+        self,
+        units: Sequence[tuple[int, UnitImage]],
+        host: int,
+        mode: int,
+        base: int,
+        second: int = 0,
+        tail: bytes = b"",
+    ) -> int:
+        """Puts units of the page at `host` into the tables, the last of which may end with the
+        bytes `tail` of a second page. Gives the first one's record.
+        """
         placed = self._place(units, host, mode, base)
         page = self.pages[host]
         for (start, image), heads in zip(units, placed, strict=True):
@@ -229,9 +256,9 @@ class Translator:
             page.mark(offset, unit.end, image.code)
             self.insns += image.instructions
         if tail:
-            self.pages[second_host].units.append(unit._replace(start=0, end=len(tail)))
-            self.pages[second_host].mark(0, len(tail), tail)
-        self.blocks.publish(chain.from_iterable(placed), host, mode, second_host, page.address)
+            self.pages[second].units.append(unit._replace(start=0, end=len(tail)))
+            self.pages[second].mark(0, len(tail), tail)
+        self.blocks.publish(chain.from_iterable(placed), host, mode, second, page.address)
         self.units += len(units)
         return placed[0][0][1]
 
@@ -248,7 +275,7 @@ class Translator:
         if image is None:
             return []
         units = [(rip, image)]
-        if base & (PAGE - 1) or not self.whole_pages:
+        if base & (PAGE - 1):
             return units  # with such a base, pages by RIP are not those of memory
         records = self.blocks.records
         for start, versions in list(page.items()):
