@@ -1,4 +1,4 @@
-"""Code that one vCPU patches while another's thread translates it."""
+"""Code that is patched while another vCPU's thread translates it, or has just left for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from anykvm import fs
 from anykvm.api import GuestMemory, Kvm, Vcpu, Vm
+from anykvm.cpu import assist
 from anykvm.cpu.translate import ONES, CodePage, Unit
 from anykvm.uapi import kvm as uapi
 
@@ -77,6 +78,22 @@ def test_a_store_between_reading_and_marking_is_not_lost(vm: Vm) -> None:
     # By way of other code in this page: on coming into a page its bytes are compared.
     assert go(reader, rip=ENTRY, rcx=100_000_000) == 2
     store.join()
+
+
+def test_microcode_is_of_what_was_translated(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux patches a jump by way of INT3. Whoever has left for that one finds the jump in memory
+    already, a near one, and there is microcode for far ones.
+    """
+    vcpu, memory = real_mode(vm, 0), vm.memory[0]
+    memory.write(READER, b"\xcc\x03" + assemble("mov al, 1; hlt; mov al, 2; hlt", 16))
+    fetch = assist.fetch
+
+    def overtaken(cpu: Any) -> bytes:
+        memory.write(READER, b"\xeb\x03")  # jmp, to the second MOV
+        return fetch(cpu)
+
+    monkeypatch.setattr(assist, "fetch", overtaken)
+    assert go(vcpu, rip=READER) == 2
 
 
 def test_what_other_units_cover_stays_marked_while_one_is_dropped() -> None:

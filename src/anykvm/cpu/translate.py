@@ -30,7 +30,7 @@ from anykvm.cpu.guest import RECORD
 from anykvm.cpu.handlers import Handlers
 from anykvm.cpu.memory import BEING_READ, CODE_MAP, MADE_FROM
 from anykvm.cpu.state import Mode
-from anykvm.cpu.templates import TemplateDecoder
+from anykvm.cpu.templates import Template, TemplateDecoder
 from anykvm.cpu.unit import STEP, UnitBuilder
 from anykvm.cpu.unit_cache import UnitCache, UnitImage
 
@@ -299,6 +299,13 @@ class Translator:
         """How many bytes the instruction of a record has."""
         n = (record - self.records) // RECORD
         return (self._rip_words[n + 1] - self._rip_words[n]) & 0xFFFF
+
+    def is_of(self, record: int, template: Template) -> bool:
+        """Whether a record was made from such an instruction, and not dropped since."""
+        if template.number < 0:
+            template.number = self.handlers.number(template.form)
+        handler = self._record_words[(record - self.records) // 8]
+        return handler != 0 and handler == self.handlers.addresses[template.number]
 
     def rip_of(self, record: int) -> int:
         return self._rip_words[(record - self.records) // RECORD]

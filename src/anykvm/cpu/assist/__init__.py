@@ -16,7 +16,6 @@ from iced_x86 import Decoder, EncodingKind, Formatter, FormatterSyntax, Instruct
 
 from anykvm.cpu.assist import far, intercept, io, svm, system, vme, xcr
 from anykvm.cpu.assist.core import ASSISTS, Assist
-from anykvm.cpu.decode import ASSIST
 from anykvm.cpu.faults import GuestFault, Leave
 from anykvm.cpu.guest import UD
 from anykvm.cpu.state import Exit, Mode, Seg
@@ -52,23 +51,23 @@ def fetch(cpu: Cpu) -> bytes:
 
 
 def execute(cpu: Cpu) -> None:
-    """Executes the instruction at RIP."""
+    """Executes the instruction at RIP, which native code has left for."""
     s = cpu.state
     data = fetch(cpu)
-    bits = 64 if s.mode & Mode.CODE64 else 32 if s.mode & Mode.CODE32 else 16
-    i = Decoder(bits, data, ip=s.rip).decode()
+    templates = cpu.engine.translator.decoder(s.mode & CODE_MODE)
+    i = Instruction()
+    found = templates.decode(Decoder(templates.bits, data, ip=s.rip), i, data, 0)
+    if found is None or not cpu.engine.translator.is_of(s.exit_record, found[0]):
+        # Another vCPU has changed the code since (text_poke does): what is there now may be none
+        # of ours.
+        _look_again(cpu)
+        return
     s.replay_next = 0
     a = Assist(cpu, i)
     if cpu.svm.guest_mode:
         intercept.check(a)
     body = ASSISTS.get(a.name)
     if body is None:
-        if is_native(cpu, i, data):
-            # Another vCPU changed the code since it was translated (text_poke does): look again.
-            host = cpu.fetch_page(linear_rip(cpu))
-            assert host is not None
-            cpu.engine.code_changed(host)
-            return
         refuse(cpu, data, i)
     body(a)
     if a.next_rip is not None:
@@ -79,10 +78,10 @@ def execute(cpu: Cpu) -> None:
     s.replay_count = 0
 
 
-def is_native(cpu: Cpu, i: Instruction, data: bytes) -> bool:
-    """Whether the translator has a handler for this instruction."""
-    decoder = cpu.engine.translator.decoder(cpu.state.mode & CODE_MODE)
-    return decoder.forms.describe(i, data).form != ASSIST
+def _look_again(cpu: Cpu) -> None:
+    host = cpu.fetch_page(linear_rip(cpu))
+    if host is not None:
+        cpu.engine.code_changed(host)
 
 
 def refuse(cpu: Cpu, data: bytes, i: Instruction) -> NoReturn:
