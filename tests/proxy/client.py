@@ -187,6 +187,29 @@ def descriptors() -> object:
     }
 
 
+def replaced() -> object:
+    """One call, word for word, on a number that is a VM, then another VM, no file of anybody's, the
+    system's, and a VM again.
+    """
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    number, other = ioctl(kvm, KVM_CREATE_VM), ioctl(kvm, KVM_CREATE_VM)
+    null = os.open("/dev/null", os.O_RDWR)
+
+    def create() -> int:
+        """A first vCPU: EEXIST in a VM that has it."""
+        return errno_of(ioctl, number, KVM_CREATE_VCPU, 0)
+
+    found = [create(), create()]
+    os.dup2(other, number)
+    found += [create(), create()]
+    os.close(number)
+    found += [create()]
+    os.dup2(null, number)
+    found += [create()]
+    os.dup2(other, number)
+    return [*found, create()]
+
+
 def versions(number: str) -> object:
     """What a number that is a descriptor's as well, of ours or theirs, comes back as."""
     fds = [os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC) for _ in range(int(number))]

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from errno import EBUSY, EFAULT, EINTR, EINVAL, EIO, ENOMEM, ENOSYS, ENOTTY, EPERM
+from errno import EBADF, EBUSY, EEXIST, EFAULT, EINTR, EINVAL, EIO, ENOMEM, ENOSYS, ENOTTY, EPERM
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,10 @@ def test_descriptors_are_duplicated_passed_and_inherited():
         "relative": 12,
         "helper": "helper\n",
     }
+
+
+def test_a_call_is_known_only_while_its_descriptor_is():
+    assert client("replaced") == [0, EEXIST, 0, EEXIST, EBADF, ENOTTY, EEXIST]
 
 
 def test_a_result_is_not_taken_for_a_descriptor():

@@ -76,7 +76,8 @@ class Machine:
         """Runs to the next exit: its reason and, of a port access, all of it."""
         self.vcpu.run()
         run = self.vcpu.kvm_run
-        shared = (run.exit_reason, run.if_flag, run.cr8, run.apic_base, run.flags)
+        ready = run.ready_for_interrupt_injection
+        shared = (run.exit_reason, run.if_flag, ready, run.cr8, run.apic_base, run.flags)
         if run.exit_reason == uapi.KVM_EXIT_MMIO:
             mmio = run.mmio
             return (*shared, mmio.phys_addr, mmio.len, mmio.is_write, *mmio.data)
@@ -86,7 +87,7 @@ class Machine:
         out = io.direction == uapi.KVM_EXIT_IO_OUT
         data = int.from_bytes(self.vcpu.io_data(), "little") if out else 0
         fields = (io.direction, io.size, io.port, io.count, io.data_offset, data)
-        return (*shared, run.ready_for_interrupt_injection, *fields)
+        return (*shared, *fields)
 
     def close(self) -> None:
         self.vcpu.close()

@@ -19,6 +19,7 @@ from anykvm.kvm.sigset import SIGSET_SIZE
 from anykvm.uapi import kvm as uapi
 from anykvm.uapi.names import exit_name
 
+KVM_RUN = uapi.KVM_RUN
 kvm_vcpu_ioctls: IoctlTable[KvmVcpu] = IoctlTable("kvm_vcpu_ioctl")
 
 
@@ -86,7 +87,7 @@ def kvm_vcpu_ioctl_get_stats_fd(vcpu: KvmVcpu, _: int) -> int:
 def kvm_vcpu_ioctl(file: File, cmd: int, arg: int) -> int:
     vcpu: KvmVcpu = file.private_data
     vcpu.kvm.check_mm()
-    if cmd == uapi.KVM_RUN and not arg and vcpu.dirty_ring is None and not enabled():
+    if cmd == KVM_RUN and not arg and vcpu.dirty_ring is None and not enabled():
         # As below. All others together are rarer, and `with` takes twice as long.
         vcpu.mutex.acquire()
         try:
@@ -94,7 +95,7 @@ def kvm_vcpu_ioctl(file: File, cmd: int, arg: int) -> int:
         finally:
             vcpu.mutex.release()
     with vcpu.mutex:
-        if cmd != uapi.KVM_RUN:
+        if cmd != KVM_RUN:
             vcpu.touched = True
         if vcpu.dirty_ring is not None:  # nobody else asks for the running vCPU
             with vcpu_load(vcpu):

@@ -34,8 +34,8 @@ AUDIT_ARCH_X86_64 = 0xC000003E
 
 NOTIF = Struct("=QIIiIQ6Q")
 """struct seccomp_notif: id, pid, flags; then seccomp_data: nr, arch, instruction_pointer, args."""
-NOTIF_IOCTL = Struct("=QI4xi12xI4xI4xQ24x")
-"""Of that: id, pid, nr, and ioctl's three arguments."""
+IOCTL_ARGS = Struct("=32xI4xI4xQ24x")
+"""Of that the arguments, as ioctl takes them."""
 NOTIF_RESP = Struct("=QqiI")
 """struct seccomp_notif_resp: id, val, error, flags."""
 NOTIF_ADDFD = Struct("=QIIII")

@@ -43,7 +43,7 @@ class Handle:
         self.file = file
         self.runs = Runs(file.f_mapping) if file.f_mapping is not None else None
         self._calls: list[None] = []  # an entry for each, for its methods are atomic
-        self._closed = False
+        self.closed = False
         self._close = [partial(fs.close, fd)]  # who takes it closes
 
     @property
@@ -54,19 +54,19 @@ class Handle:
         """On a client's behalf: the result, or a negative errno."""
         self._calls.append(None)
         try:
-            if self._closed:
+            if self.closed:
                 return -EINTR  # just now, by another thread
             return call_as(task, do_ioctl, fd, self.file, command, argument)
         except OSError as error:
             return -(error.errno or EPERM)
         finally:
             self._calls.pop()
-            if self._closed:
+            if self.closed:
                 self.close()
 
     def close(self) -> None:
         """Now, or when the last call has left."""
-        self._closed = True
+        self.closed = True
         if not self._calls:
             with suppress(IndexError):
                 self._close.pop()()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import NamedTuple
+from os import pread
 
 O_PATH_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 FDINFO_SIZE = 256
@@ -18,12 +18,24 @@ Key = tuple[int, int]
 """Of a file, as fstat gives it: device and inode."""
 
 
-class Known(NamedTuple):
+class Known:
     """What was found behind a descriptor: `fdinfo` is ours, of the file in /proc with that text."""
 
-    fdinfo: int
-    text: bytes
-    key: Key
+    __slots__ = ("fdinfo", "key", "text")
+
+    def __init__(self, fdinfo: int, text: bytes, key: Key) -> None:
+        self.fdinfo, self.text, self.key = fdinfo, text, key
+
+    def holds(self) -> bool:
+        """Whether it is the same file still."""
+        try:
+            return pread(self.fdinfo, FDINFO_SIZE, 0) == self.text
+        except OSError:
+            return False  # closed, or the thread has ended, or we have forgotten it
+
+    def forget(self) -> None:
+        fdinfo, self.fdinfo = self.fdinfo, -1
+        os.close(fdinfo)
 
 
 class FdTable:
@@ -38,13 +50,9 @@ class FdTable:
         """The file behind `fd`; None where there is none, or where the thread has ended."""
         known = self._known.get(fd)
         if known is not None:
-            fdinfo, text, key = known
-            try:
-                if os.pread(fdinfo, FDINFO_SIZE, 0) == text:
-                    return key
-            except OSError:
-                pass  # closed, or the thread has ended
-            self._forget(fd)
+            if known.holds():
+                return known.key
+            self._known.pop(fd).forget()
         try:
             file = os.stat(str(fd), dir_fd=self._fds)
         except OSError:
@@ -53,6 +61,10 @@ class FdTable:
         self._keep(fd, key)
         return key
 
+    def known(self, fd: int) -> Known | None:
+        """What is kept of a descriptor."""
+        return self._known.get(fd)
+
     def _keep(self, fd: int, key: Key) -> None:
         if len(self._known) >= MOST:
             return
@@ -60,20 +72,15 @@ class FdTable:
             fdinfo = os.open(f"/proc/{self._tid}/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
             text = b""
             with suppress(OSError):
-                text = os.pread(fdinfo, FDINFO_SIZE, 0)
+                text = pread(fdinfo, FDINFO_SIZE, 0)
             if b"\nino:\t%d\n" % key[1] in text:
                 self._known[fd] = Known(fdinfo, text, key)
             else:
                 os.close(fdinfo)
 
-    def _forget(self, fd: int) -> None:
-        known = self._known.pop(fd, None)
-        if known is not None:
-            os.close(known.fdinfo)
-
     def close(self) -> None:
         fds, self._fds = self._fds, -1
         if fds >= 0:
             os.close(fds)
-        for fd in list(self._known):
-            self._forget(fd)
+        while self._known:
+            self._known.popitem()[1].forget()

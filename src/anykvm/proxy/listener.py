@@ -13,8 +13,7 @@ from anykvm.proxy import abi
 # With the GIL held.
 _short = ctypes.PyDLL(None, use_errno=True).ioctl
 _short.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_char_p]
-_SIZE = abi.NOTIF.size
-_ZEROS = bytes(_SIZE)
+_ZEROS = bytes(abi.NOTIF.size)  # the kernel insists
 
 
 class Notification:
@@ -42,16 +41,27 @@ def same_call(one: bytes, other: bytes) -> bool:
 
 
 class Listener:
-    """Answers may come from any thread; each thread that receives has a `Receiver`."""
+    """Any thread may receive, and any answer."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.addfd_sends = True
-        self._response = bytearray(abi.NOTIF_RESP.size)
         self.gate = threading.RLock()  # held while a client must not go on
         flag = abi.SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP
         # Linux 6.6: both sides stay on one processor, and a call costs a tenth.
         self.sync = not _wide(fd, abi.SECCOMP_IOCTL_NOTIF_SET_FLAGS, flag)
+
+    def receive(self) -> bytes | None:
+        """The next call, a struct seccomp_notif, without the GIL meanwhile; None if there will be
+        none any more.
+        """
+        while True:
+            try:
+                return ioctl(self.fd, abi.SECCOMP_IOCTL_NOTIF_RECV, _ZEROS)
+            except OSError as error:
+                # ENOENT: its caller was interrupted or killed before we had it.
+                if error.errno not in (EINTR, ENOENT):
+                    return None
 
     def alive(self, notification: int) -> bool:
         """Whether its caller still waits: a signal may have taken it out of the call."""
@@ -63,10 +73,8 @@ class Listener:
         error = value if value < 0 else 0
         self.gate.acquire()  # `with` takes twice as long
         try:
-            abi.NOTIF_RESP.pack_into(
-                self._response, 0, notification, 0 if error else value, error, 0
-            )
-            ioctl(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, self._response)
+            response = abi.NOTIF_RESP.pack(notification, 0 if error else value, error, 0)
+            ioctl(self.fd, abi.SECCOMP_IOCTL_NOTIF_SEND, response)
         except OSError:
             return False
         finally:
@@ -119,27 +127,3 @@ def _wide(fd: int, command: int, value: int) -> int:
     call = ctypes.CDLL(None, use_errno=True).ioctl
     result: int = call(fd, ctypes.c_ulong(command), ctypes.c_ulong(value))
     return result
-
-
-class Receiver:
-    """One thread's place to receive."""
-
-    def __init__(self, listener: Listener) -> None:
-        self._fd = listener.fd
-        self._raw = bytearray(_SIZE)
-
-    def receive(self) -> bytes | None:
-        """The next call, a struct seccomp_notif, without the GIL meanwhile; None if there will be
-        none any more.
-        """
-        raw = self._raw
-        while True:
-            raw[:] = _ZEROS  # the kernel insists
-            try:
-                ioctl(self._fd, abi.SECCOMP_IOCTL_NOTIF_RECV, raw)
-            except OSError as error:
-                # ENOENT: its caller was interrupted or killed before we had it.
-                if error.errno not in (EINTR, ENOENT):
-                    return None
-            else:
-                return bytes(raw)

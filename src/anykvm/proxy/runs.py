@@ -17,7 +17,6 @@ from errno import EINTR
 from time import monotonic
 
 from anykvm.fs.mapping import Mapping
-from anykvm.fs.task import Task
 from anykvm.proxy.client import ClientThread
 from anykvm.proxy.listener import Listener
 from anykvm.uapi.kvm import KVM_EXIT_INTR, kvm_run
@@ -29,6 +28,7 @@ def _offset(name: str) -> int:
 
 
 LONG = 0.0002
+IMMEDIATE_EXIT = _offset("immediate_exit")
 EXIT = slice(_offset("exit_reason"), _offset("ready_for_interrupt_injection"))
 DETAILS = slice(_offset("hw"), _offset("kvm_valid_regs"))
 
@@ -52,27 +52,42 @@ class Runs:
         listener: Listener,
         thread: ClientThread,
         id: int,
-        run: Callable[[Task, int, int, int], int],
-        *arguments: *tuple[int, int, int],
+        run: Callable[[], int],
     ) -> None:
-        """Answer a KVM_RUN; `run` carries it out on behalf of `thread` with the ioctl's arguments,
-        and returns its result or a negative errno.
+        """Answer a KVM_RUN of `thread`; `run` carries it out, and returns its result or a negative
+        errno.
         """
         if self._active is not None and self._was_interrupted(listener):
             listener.answer(id, -EINTR)
             return
-        with self._lock:
-            if self._unanswered:
-                self._unanswered = False
-                listener.answer(id, -EINTR)
-            elif self._undelivered is None:
-                self._begin(thread, id)
-                began = monotonic()
-                result = run(thread, *arguments)
-                self.long = monotonic() - began > LONG
-                self._end(listener, id, result)
+        self._lock.acquire()  # `with` takes twice as long
+        try:
+            if self._unanswered or self._undelivered is not None:
+                self._make_up(listener, id)
+                return
+            self._active, self._active_id, thread.running = thread, id, id
+            thread.stopping = False
+            if not self._bytes[IMMEDIATE_EXIT]:
+                # What a client reads that a signal takes out of the call.
+                self._run.exit_reason = KVM_EXIT_INTR
+            began = monotonic()
+            result = run()
+            self.long = monotonic() - began > LONG
+            self._answered = id  # it may have left already when we are back
+            if listener.answer(id, result):
+                self._active = None
             else:
-                self._deliver(listener, id)
+                self._keep(result)
+        finally:
+            self._lock.release()
+
+    def _make_up(self, listener: Listener, id: int) -> None:
+        """For the call before, which was never answered."""
+        if self._unanswered:
+            self._unanswered = False
+            listener.answer(id, -EINTR)
+        else:
+            self._deliver(listener, id)
 
     def _was_interrupted(self, listener: Listener) -> bool:
         """Whether the call that is under way will never get its answer. It has one now."""
@@ -84,23 +99,13 @@ class Runs:
             active.on_signal()
         return True
 
-    def _begin(self, thread: ClientThread, id: int) -> None:
-        self._active, self._active_id, thread.running = thread, id, id
-        thread.stopping = False
-        if not self._run.immediate_exit:
-            # What a client reads that a signal takes out of the call.
-            self._run.exit_reason = KVM_EXIT_INTR
-
-    def _end(self, listener: Listener, id: int, result: int) -> None:
-        self._answered = id  # it may have left already when we are back
-        delivered = listener.answer(id, result)
-        noticed = self._active is None
+    def _keep(self, result: int) -> None:
+        """What a call has come to whose caller is gone."""
+        self._unanswered = self._active is not None  # else somebody has noticed
         self._active = None
-        if not delivered:
-            self._unanswered = not noticed
-            if result == 0:
-                self._undelivered = bytes(self._bytes[EXIT]), bytes(self._bytes[DETAILS])
-                self._run.exit_reason = KVM_EXIT_INTR
+        if result == 0:
+            self._undelivered = bytes(self._bytes[EXIT]), bytes(self._bytes[DETAILS])
+            self._run.exit_reason = KVM_EXIT_INTR
 
     def _deliver(self, listener: Listener, id: int) -> None:
         """An earlier call's exit, as this one's."""

@@ -23,17 +23,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from errno import EINTR, EIO, ENOENT, EPERM
-from functools import partial
 
 from anykvm import fs
 from anykvm.fs.task import as_current, current
 from anykvm.fs.vfs import vfs_mmap
 from anykvm.fs.vmas import Vma
 from anykvm.proxy import abi
+from anykvm.proxy.call import ClientCall
 from anykvm.proxy.client import Clients, ClientThread, Process
 from anykvm.proxy.descriptors import Descriptors
 from anykvm.proxy.inject import ERESTARTNOINTR, Calls, Tracer, send_fd
-from anykvm.proxy.listener import Listener, Notification, Receiver, same_call
+from anykvm.proxy.listener import Listener, Notification, same_call
 from anykvm.proxy.memory import BACKING_BASE, MAP_FIXED, ClientMemory
 from anykvm.proxy.opens import LOOKS, OPENS, Caller, open_node
 from anykvm.proxy.procfs import state
@@ -42,12 +42,12 @@ from anykvm.uapi.kvm import KVM_CAP_IMMEDIATE_EXIT
 from anykvm.uapi.names import IOCTLS
 
 log = logging.getLogger("anykvm.proxy")
-KVM_RUN = IOCTLS["KVM_RUN"].number
 KVM_CHECK_EXTENSION = IOCTLS["KVM_CHECK_EXTENSION"].number
 SIGNAL_LATENCY = 0.001
 STOP_TURNS = 50  # after how many of these we look whether a process is being stopped
 STOPPED = "T"
 MASK32 = (1 << 32) - 1
+MANY_CALLS = 1 << 10
 SYS_IOCTL = abi.SYS_IOCTL
 NAMES = {ioctl.number: name for name, ioctl in IOCTLS.items()}
 # Calls that may be made twice without harm, if a signal hid the first one's result.
@@ -63,6 +63,7 @@ class Supervisor:
         self.descriptors = Descriptors(self.listener)
         self.clients = Clients(self.listener, self._replace, self._fetch, self._met)
         self._calls: Counter[int] = Counter()  # by the ioctl's number
+        self._known: dict[bytes, ClientCall] = {}  # by struct seccomp_notif, but for its id
         self._opens: Counter[str] = Counter()
         self._receiving = 0
         self._received = 0
@@ -116,6 +117,7 @@ class Supervisor:
         elif fd in self._pidfds:
             self._poll.unregister(fd)
             self.clients.forget_process(self._pidfds.pop(fd))
+            self._known.clear()
             gc.collect()  # VMs refer to their vCPUs and these to them, and both to its memory
 
     @staticmethod
@@ -203,6 +205,7 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while not self._over:
             if self.descriptors.wait():
+                self._known.clear()
                 self.clients.release_unused_memory()
 
     def _watch_signals(self) -> None:
@@ -225,14 +228,13 @@ class Supervisor:
 
     def _receive(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        receiver = Receiver(self.listener)
         while not self._over:
             if self._receiving:
                 self._parked += 1
                 self._places.get()
                 continue
             self._receiving += 1
-            raw = receiver.receive()
+            raw = self.listener.receive()
             self._receiving -= 1
             self._received += 1
             if raw is None:
@@ -249,56 +251,71 @@ class Supervisor:
             self._spawn(self._receive)
 
     def _answer(self, raw: bytes) -> None:
-        id, tid, nr, fd, command, argument = abi.NOTIF_IOCTL.unpack(raw)
+        id = int.from_bytes(raw[:8], "little")
         try:
-            if nr == SYS_IOCTL:
-                self._ioctl(raw, id, tid, fd, command, argument)
-                return
-            notification = Notification(raw)
-            if nr in OPENS:
-                self._open(notification)
-            elif nr == abi.SYS_MMAP:
-                self._map(notification)
-            elif nr == abi.SYS_RT_SIGACTION:
-                self._sigaction(notification)
+            call = self._known.get(raw[8:])
+            if call is not None and call.holds():
+                self._carry_out(call, id, raw)
             else:
-                self._look(notification)
+                self._first(Notification(raw))
         except Exception:
             log.exception("a call could not be answered: %s", Notification(raw))
             self.listener.answer(id, -EIO)
 
-    def _ioctl(self, raw: bytes, id: int, tid: int, fd: int, command: int, argument: int) -> None:
-        found = self.clients.find(tid, fd)
+    def _first(self, notification: Notification) -> None:
+        """A call that nothing is known of."""
+        nr = notification.nr
+        if nr == SYS_IOCTL:
+            self._ioctl(notification)
+        elif nr in OPENS:
+            self._open(notification)
+        elif nr == abi.SYS_MMAP:
+            self._map(notification)
+        elif nr == abi.SYS_RT_SIGACTION:
+            self._sigaction(notification)
+        else:
+            self._look(notification)
+
+    def _ioctl(self, notification: Notification) -> None:
+        fd, command, argument = abi.IOCTL_ARGS.unpack(notification.raw)
+        found = self.clients.find(notification.tid, fd)
         handle = None if found is None else self.descriptors.find(found[1])
         if found is None or handle is None:
-            self.listener.let_run(id)
+            self.listener.let_run(notification.id)
             return
         thread = found[0]
+        if command == KVM_CHECK_EXTENSION and argument == KVM_CAP_IMMEDIATE_EXIT:
+            thread.process.immediate_exit = True
+        call = ClientCall(thread, handle, fd, command, argument)
+        if len(self._known) >= MANY_CALLS:
+            self._known.clear()
+        self._known[notification.raw[8:]] = call
+        self._carry_out(call, notification.id, notification.raw)
+
+    def _carry_out(self, call: ClientCall, id: int, raw: bytes) -> None:
+        thread = call.thread
         if thread.on_signal is not None:
             thread.on_signal()  # its KVM_RUN goes on here, but it is out of it
-        self._calls[command] += 1
-        if command == KVM_RUN and handle.runs is not None:
-            if handle.runs.long:
+        self._calls[call.command] += 1
+        if call.runs is not None:
+            if call.runs.long:
                 self._have_another_receive()
-            handle.runs.call(self.listener, thread, id, handle.ioctl, fd, command, argument)
+            call.runs.call(self.listener, thread, id, call.make)
             if thread.gone:
                 thread.close()
             return
-        if command == KVM_CHECK_EXTENSION and argument == KVM_CAP_IMMEDIATE_EXIT:
-            thread.process.immediate_exit = True
         thread.calling.acquire()  # `with` takes twice as long
         try:
             thread.installed.clear()
             if thread.kept is None and not thread.fetched:
                 thread.waiting = raw
-                result = handle.ioctl(thread, fd, command, argument)
+                result = call.make()
             else:
-                call = partial(handle.ioctl, thread, fd, command, argument)
-                result = self._maybe_again(thread, raw, call)
+                result = self._maybe_again(thread, raw, call.make)
             if thread.installed and self._gave(thread, id, result):
                 return
             delivered = self.listener.answer(id, result)
-            if not delivered and command not in REPEATABLE and result != -EINTR:
+            if not delivered and call.command not in REPEATABLE and result != -EINTR:
                 thread.kept = (raw, result)
         finally:
             thread.calling.release()

@@ -60,6 +60,14 @@ class Pending(IntEnum):
     MMIO = 3
 
 
+class Injectable(IntEnum):
+    """Whether KVM_INTERRUPT would be delivered at once."""
+
+    NO = 0
+    YES = 1  # it is never asked for
+    AS_IT_STANDS = 2  # by the processor's state alone
+
+
 class Lane(ctypes.Structure):
     """What the native code knows of a vCPU besides its `State`: where things are; what KVM_RUN
     tells of an APIC in here; and the access that is pending, with RIP then, RIP behind it, and how
@@ -256,7 +264,7 @@ class _Generator:
             if_flag=((f.get("flags") >> 9) & 1).trunc(8),
             cr8=own.select(f.get("cr8").zext(64), self.lane("cr8")),
             apic_base=f.get("apic_base"),
-            ready_for_interrupt_injection=self.lane("injectable").trunc(8),
+            ready_for_interrupt_injection=self._ready().trunc(8),
             exit_reason=f.const(reason, 32),
         )
         for at in (_offset(KvmVcpuStat, "exits"), _offset(KvmVcpuStat, exits)):
@@ -265,6 +273,17 @@ class _Generator:
         for counter, field in PUBLISHED.items():
             self.stat.offset(_offset(KvmVcpuStat, counter)).store(f.get(field).zext(64), align=8)
         f.ret(f.const(Way.DONE, 64))
+
+    def _ready(self) -> Value:
+        """`ready_for_interrupt_injection`, but that a local APIC may have to be asked as well."""
+        f, known = self.f, self.lane("injectable")
+        clear = (f.get("flags") & int(Flag.IF)).ne(0) & f.get("irq_pending").eq(0)
+        shadowed = f.get("shadow").ne(0) & f.get("rip").eq(f.get("shadow_rip"))
+        shadowed &= f.get("insn_count").eq(f.get("shadow_count"))
+        inside = f.get("replay_count").ne(0) & f.get("rip").eq(f.get("replay_rip"))
+        inside &= f.get("insn_count").eq(f.get("replay_insn"))
+        own = clear & (shadowed ^ 1) & (inside ^ 1)
+        return known.eq(Injectable.AS_IT_STANDS).select(own.zext(64), known)
 
     def _add_one(self, at: int) -> None:
         count = self.stat.offset(at)
@@ -292,7 +311,8 @@ class VcpuFastpath:
     def __init__(self, vcpu: VcpuX86) -> None:
         kvm, self._vcpu = vcpu.kvm, vcpu
         self._call = _native()
-        self._injectable = kvm.pic_in_kernel()
+        injectable = Injectable.YES if kvm.pic_in_kernel() else Injectable.AS_IT_STANDS
+        self._has_apic_to_ask = vcpu.apic is not None and not kvm.pic_in_kernel()
         self._lane = Lane(
             processor=vcpu.cpu.native_run,
             run=ctypes.addressof(vcpu.run),
@@ -300,7 +320,7 @@ class VcpuFastpath:
             ports=_address(kvm.buses[KvmBus.PIO_BUS].summary),
             pages=_address(kvm.buses[KvmBus.MMIO_BUS].summary),
             user_tpr=vcpu.apic is None,
-            injectable=self._injectable,
+            injectable=injectable,
         )
         self._address = ctypes.addressof(self._lane)
         self.complete = self._complete  # the same object each time
@@ -354,7 +374,7 @@ class VcpuFastpath:
             vcpu.mode = OUTSIDE
             self._lane.retired = vcpu.cpu.uncounted()
             vcpu.complete_userspace_io = self.complete
-            if not self._injectable:
+            if self._has_apic_to_ask:
                 vcpu.run.ready_for_interrupt_injection = ready_for_interrupt_injection(vcpu)
             return DONE
         if way == REFUSED:

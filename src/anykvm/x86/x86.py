@@ -45,8 +45,7 @@ class X86Vcpu(VcpuX86):
         self.synchronize_tsc(0)
         kvm_vcpu_reset(self, init_event=False)
 
-    def kvm_arch_vcpu_ioctl_run(self) -> int:
-        return kvm_arch_vcpu_ioctl_run(self)
+    kvm_arch_vcpu_ioctl_run = kvm_arch_vcpu_ioctl_run
 
     def kvm_arch_vcpu_destroy(self) -> None:
         """The processor goes with its engine; the timer with the VM's thread."""
