@@ -32,9 +32,11 @@ SECCOMP_IOCTL_NOTIF_ADDFD = 0x40182103
 SECCOMP_IOCTL_NOTIF_SET_FLAGS = 0x40082104
 AUDIT_ARCH_X86_64 = 0xC000003E
 
-NOTIF = Struct("=QIIiIQ6Q")
-"""struct seccomp_notif: id, pid, flags; then seccomp_data: nr, arch, instruction_pointer, args."""
-IOCTL_ARGS = Struct("=32xI4xI4xQ24x")
+NOTIF = Struct("=Q72s")
+"""struct seccomp_notif: id, and all the rest: the call."""
+NOTIF_CALL = Struct("=IIiIQ6Q")
+"""The call: pid, flags; then seccomp_data: nr, arch, instruction_pointer, args."""
+IOCTL_ARGS = Struct("=24xI4xI4xQ24x")
 """Of that the arguments, as ioctl takes them."""
 NOTIF_RESP = Struct("=QqiI")
 """struct seccomp_notif_resp: id, val, error, flags."""

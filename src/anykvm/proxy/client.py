@@ -11,14 +11,14 @@ from errno import ENOSYS, EPERM
 from anykvm.fs.task import Cred, RemoteThread, Task
 from anykvm.proxy import abi
 from anykvm.proxy.fdtable import FdTable, Key
-from anykvm.proxy.listener import Listener
+from anykvm.proxy.listener import Listener, Received
 from anykvm.proxy.memory import ClientMemory
 from anykvm.proxy.procfs import state, status
 
 MANY = 64
 STATUS_SIZE = 1 << 13
 SIGNAL_ROWS = (0, 25, 50)  # SigPnd, ShdPnd, SigBlk: lines of 25 bytes one after the other
-NONE_WAITING = bytes(abi.NOTIF.size)
+NOTHING = 0, bytes(abi.NOTIF_CALL.size)
 
 
 class Process:
@@ -44,7 +44,7 @@ class ClientThread(Task, RemoteThread):
         self.mm = process.memory
         self.tid = tid
         self.process = process
-        self.waiting = NONE_WAITING  # what it calls now, KVM_RUN apart
+        self.waiting: Received = NOTHING  # what it calls now, KVM_RUN apart
         self.running = 0  # its KVM_RUN that is being carried out, though it may have left it
         self.on_signal: Callable[[], None] | None = None
         self.signal_mask: int | None = None

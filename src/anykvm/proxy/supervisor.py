@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -33,7 +33,7 @@ from anykvm.proxy.call import ClientCall
 from anykvm.proxy.client import Clients, ClientThread, Process
 from anykvm.proxy.descriptors import Descriptors
 from anykvm.proxy.inject import ERESTARTNOINTR, Calls, Tracer, send_fd
-from anykvm.proxy.listener import Listener, Notification, same_call
+from anykvm.proxy.listener import Listener, Notification, Received
 from anykvm.proxy.memory import BACKING_BASE, MAP_FIXED, ClientMemory
 from anykvm.proxy.opens import LOOKS, OPENS, Caller, open_node
 from anykvm.proxy.procfs import state
@@ -62,8 +62,8 @@ class Supervisor:
         self.listener = Listener(listener_fd)
         self.descriptors = Descriptors(self.listener)
         self.clients = Clients(self.listener, self._replace, self._fetch, self._met)
-        self._calls: Counter[int] = Counter()  # by the ioctl's number
-        self._known: dict[bytes, ClientCall] = {}  # by struct seccomp_notif, but for its id
+        self._calls: defaultdict[int, int] = defaultdict(int)  # by the ioctl's number
+        self._known: dict[bytes, ClientCall] = {}
         self._opens: Counter[str] = Counter()
         self._receiving = 0
         self._received = 0
@@ -173,7 +173,7 @@ class Supervisor:
         """Calls in a thread that waits for us, and its duplicate there of our descriptor `ours`.
         `alone`: no other thread of its process runs. Afterwards it makes its own call once more.
         """
-        caller = Notification(thread.waiting)
+        caller = Notification(*thread.waiting)
         try:
             remote_fd = self.listener.give(caller.id, ours, cloexec=True)
         except OSError as error:
@@ -228,18 +228,19 @@ class Supervisor:
 
     def _receive(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        buffer = bytearray(abi.NOTIF.size)
         while not self._over:
             if self._receiving:
                 self._parked += 1
                 self._places.get()
                 continue
             self._receiving += 1
-            raw = self.listener.receive()
+            received = self.listener.receive(buffer)
             self._receiving -= 1
             self._received += 1
-            if raw is None:
+            if received is None:
                 return
-            self._answer(raw)
+            self._answer(received)
 
     def _have_another_receive(self) -> None:
         if self._receiving:
@@ -250,17 +251,16 @@ class Supervisor:
         else:
             self._spawn(self._receive)
 
-    def _answer(self, raw: bytes) -> None:
-        id = int.from_bytes(raw[:8], "little")
+    def _answer(self, received: Received) -> None:
         try:
-            call = self._known.get(raw[8:])
+            call = self._known.get(received[1])
             if call is not None and call.holds():
-                self._carry_out(call, id, raw)
+                self._carry_out(call, received)
             else:
-                self._first(Notification(raw))
+                self._first(Notification(*received))
         except Exception:
-            log.exception("a call could not be answered: %s", Notification(raw))
-            self.listener.answer(id, -EIO)
+            log.exception("a call could not be answered: %s", Notification(*received))
+            self.listener.answer(received[0], -EIO)
 
     def _first(self, notification: Notification) -> None:
         """A call that nothing is known of."""
@@ -277,7 +277,7 @@ class Supervisor:
             self._look(notification)
 
     def _ioctl(self, notification: Notification) -> None:
-        fd, command, argument = abi.IOCTL_ARGS.unpack(notification.raw)
+        fd, command, argument = abi.IOCTL_ARGS.unpack(notification.call)
         found = self.clients.find(notification.tid, fd)
         handle = None if found is None else self.descriptors.find(found[1])
         if found is None or handle is None:
@@ -289,11 +289,11 @@ class Supervisor:
         call = ClientCall(thread, handle, fd, command, argument)
         if len(self._known) >= MANY_CALLS:
             self._known.clear()
-        self._known[notification.raw[8:]] = call
-        self._carry_out(call, notification.id, notification.raw)
+        self._known[notification.call] = call
+        self._carry_out(call, (notification.id, notification.call))
 
-    def _carry_out(self, call: ClientCall, id: int, raw: bytes) -> None:
-        thread = call.thread
+    def _carry_out(self, call: ClientCall, received: Received) -> None:
+        id, thread = received[0], call.thread
         if thread.on_signal is not None:
             thread.on_signal()  # its KVM_RUN goes on here, but it is out of it
         self._calls[call.command] += 1
@@ -308,15 +308,15 @@ class Supervisor:
         try:
             thread.installed.clear()
             if thread.kept is None and not thread.fetched:
-                thread.waiting = raw
+                thread.waiting = received
                 result = call.make()
             else:
-                result = self._maybe_again(thread, raw, call.make)
+                result = self._maybe_again(thread, received, call.make)
             if thread.installed and self._gave(thread, id, result):
                 return
             delivered = self.listener.answer(id, result)
             if not delivered and call.command not in REPEATABLE and result != -EINTR:
-                thread.kept = (raw, result)
+                thread.kept = received[1], result
         finally:
             thread.calling.release()
 
@@ -327,15 +327,17 @@ class Supervisor:
             self.descriptors.give(id, result)
         return new
 
-    def _maybe_again(self, thread: ClientThread, raw: bytes, call: Callable[[], int]) -> int:
+    def _maybe_again(
+        self, thread: ClientThread, received: Received, call: Callable[[], int]
+    ) -> int:
         """A call that the kernel may make once more, after a signal or by our stopping it."""
         kept, thread.kept = thread.kept, None
-        if kept is not None and same_call(kept[0], raw):
+        if kept is not None and kept[0] == received[1]:
             result = kept[1]
         else:
-            if not same_call(thread.waiting, raw):
+            if thread.waiting[1] != received[1]:
                 thread.forget_fetched()
-            thread.waiting = raw
+            thread.waiting = received
             result = call()
         if result != -EINTR:
             thread.forget_fetched()
